@@ -1,0 +1,40 @@
+"""Progress bars and one-line notes on standard error."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import tqdm
+
+
+def bar(
+  items: Iterable[Any] | None = None, *, total: int, what: str, unit: str
+) -> tqdm.tqdm:
+  """A progress bar with rate and ETA.
+
+  On a terminal it redraws; in a log file it prints a line every ten seconds
+  at the most, so that logs stay readable.
+
+  Args:
+    items: what to iterate over; None for manual `update(n)`.
+    total: number of units in all.
+    what: label, for example "embed memory".
+    unit: what is counted, for example "image".
+  """
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    items,
+    total=total,
+    desc=what,
+    unit=f" {unit}",
+    file=sys.stderr,
+    mininterval=0.2 if terminal else 10.0,
+    dynamic_ncols=terminal,
+    ncols=None if terminal else 100,
+    ascii=not terminal,
+  )
+
+
+def note(text: str) -> None:
+  """Prints one line to standard error at once."""
+  print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,48 @@
+"""Package description; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+# The core: enough for `retrieval_aug.models` and `retrieval_aug.encoders` in
+# anyone's Flax code. Lower bounds are the versions that are tested.
+CORE = [
+  "jax>=0.10.2,<0.13",
+  "flax>=0.12.8,<0.13",
+  "optax>=0.2.8",
+  "numpy>=2.0",
+  "absl-py>=2.1",
+  "ml_collections>=1.1",
+  "safetensors>=0.5",
+  "tokenizers>=0.21",
+  "Pillow>=11.0",
+  "tqdm>=4.66",
+]
+
+# The main job. scann fails to import beside TensorFlow 2.21, and has wheels
+# for Linux only: elsewhere the exact searcher serves.
+RUN = [
+  "tensorflow-cpu~=2.20.0",
+  "scann~=1.4.2; sys_platform == 'linux'",
+  "orbax-checkpoint>=0.12.8,<0.13",
+  "pyarrow>=17.0",
+  "matplotlib>=3.9",
+  "resvg-py>=0.5.0,<0.6",
+]
+
+TEST = ["pytest>=8.3", "hypothesis>=6.100", "ruff>=0.6"]
+
+setup(
+  name="retrieval_aug",
+  version="0.1.0",
+  description="Retrieval-augmented image recognition in JAX and Flax.",
+  long_description=pathlib.Path("README.md").read_text()
+  if pathlib.Path("README.md").exists()
+  else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["retrieval_aug", "retrieval_aug.*"]),
+  install_requires=CORE,
+  extras_require={"run": RUN, "test": RUN + TEST},
+)
