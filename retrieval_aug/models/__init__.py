@@ -1,0 +1,25 @@
+"""Fusion modules and classifiers, as Flax modules.
+
+Imports jax, flax and nothing else of this library, so that other Flax code can
+use it alone:
+
+  from retrieval_aug.models import MAM
+  refined = MAM(num_layers=1)(query, keys, values, mask)
+"""
+
+from retrieval_aug.models.classifier import Classifier
+from retrieval_aug.models.heads import MLP, Linear
+from retrieval_aug.models.mam import MAM
+from retrieval_aug.models.mean_knn import MeanKNN
+from retrieval_aug.models.registry import build, names, options
+
+__all__ = [
+  "MAM",
+  "MLP",
+  "Classifier",
+  "Linear",
+  "MeanKNN",
+  "build",
+  "names",
+  "options",
+]

@@ -1,0 +1,204 @@
+"""Defaults of every setting, and a view of them that notes what was read.
+
+A file in `configs/` starts from `defaults()` and sets what differs. The dict
+is locked, so a misspelt name is an error there and on the command line.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from retrieval_aug.common.errors import UserError
+
+MODELS = ("linear", "mlp", "mean_knn", "mam")
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Every setting of the main job with its default, locked."""
+  c = ml_collections.ConfigDict()
+  # What to classify and what to retrieve from. A config file replaces this
+  # section by `name` and that dataset's own options.
+  c.dataset = ml_collections.ConfigDict({"name": "emoji"})
+
+  # One encoder for queries and keys, another for values.
+  c.encoder = ml_collections.ConfigDict({"name": "efficientnet_lite0"})
+  c.value_encoder = ml_collections.ConfigDict({"name": "minilm_l6"})
+
+  c.embed = ml_collections.ConfigDict()
+  c.embed.batch_size = 64
+  c.embed.shard_rows = 1024  # a killed run redoes at most one shard
+  c.embed.threads = 4  # that decode or render images
+
+  c.search = ml_collections.ConfigDict()
+  c.search.searcher = "auto"  # auto | exact | scann
+  c.search.k = 100
+  c.search.key_transform = "none"  # none | center | pca | whiten
+  c.search.key_dims = 0  # of pca and whiten; 0 keeps all
+  c.search.recall_sample = 500  # queries on which recall is measured
+  c.search.min_recall = 0.95  # of the searcher against exact search
+  c.search.shard_rows = 16384  # examples a neighbour shard
+
+  c.train = ml_collections.ConfigDict()
+  c.train.seeds = 3
+  c.train.k = 100  # neighbours given to the model, at most search.k
+  c.train.epochs = 10.0
+  c.train.batch_size = 512
+  c.train.learning_rate = 1e-3
+  c.train.weight_decay = 0.2
+  c.train.warmup_epochs = 1.0
+  c.train.label_smoothing = 0.1
+  c.train.tau = 1.0  # of the LACE loss; 0 is plain cross-entropy
+  c.train.gradient_clip = 1.0  # global norm; 0 is off
+  c.train.checkpoint_epochs = 10.0
+
+  # One section a model: its module's options, and `train`: what it trains
+  # with where that differs from the section above (None: as above).
+  c.model = ml_collections.ConfigDict()
+  c.model.name = "all"  # all, or a comma-separated choice of MODELS
+  for name, options in _MODEL_OPTIONS.items():
+    section = ml_collections.ConfigDict(options)
+    section.train = ml_collections.ConfigDict()
+    for key, kind in _TRAIN_OVERRIDES.items():
+      section.train[key] = config_dict.placeholder(kind)
+    c.model[name] = section
+
+  c.evaluate = ml_collections.ConfigDict()
+  c.evaluate.batch_size = 512
+  c.evaluate.shot_groups = "paper"  # paper | oltr_code
+
+  c.report = ml_collections.ConfigDict()
+  c.report.queries = 10  # rows of neighbors.png
+  c.report.neighbors = 10  # columns of neighbors.png
+  c.lock()
+  return c
+
+
+_MODEL_OPTIONS = {
+  "linear": {},
+  "mlp": {"hidden_dim": 1024},
+  "mean_knn": {},
+  "mam": {
+    "num_layers": 8,
+    "residual": "query",
+    "share_layers": False,
+    "qk_init": "identity",
+    "input_scale": "sqrt_d",
+    "neighbor_dropout": 0.0,
+  },
+}
+
+_TRAIN_OVERRIDES = {
+  "epochs": float,
+  "learning_rate": float,
+  "weight_decay": float,
+  "tau": float,
+}
+
+
+class Settings:
+  """A read-only view of a ConfigDict that remembers which keys were read."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    _read: set[str] | None = None,
+    _prefix: str = "",
+  ):
+    self._config = config
+    self._names_read = set() if _read is None else _read
+    self._prefix = _prefix
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("_"):
+      raise AttributeError(name)
+    if name not in self._config:
+      raise AttributeError(f"config has no {self._prefix}{name}")
+    value = self._config[name]
+    if isinstance(value, ml_collections.ConfigDict):
+      return Settings(value, self._names_read, f"{self._prefix}{name}.")
+    self._names_read.add(self._prefix + name)
+    return value
+
+  def options(self, *without: str) -> dict[str, Any]:
+    """All keys of this section but `without`, each counted as read."""
+    return {n: getattr(self, n) for n in self._config if n not in without}
+
+  def as_dict(self) -> dict[str, Any]:
+    """This section as a dict, for a fingerprint; nothing counts as read."""
+    return self._config.to_dict()
+
+  def mark_read(self) -> None:
+    """Counts the whole section as read: a finished stage had read it."""
+    self._names_read.update(self._prefix + n for n in _leaves(self._config))
+
+  def unread(self) -> list[str]:
+    """Names of leaf keys of the whole config that nobody has read."""
+    return [n for n in _leaves(self._config) if n not in self._names_read]
+
+
+def _leaves(config: ml_collections.ConfigDict) -> Iterator[str]:
+  for name in config:
+    value = config.get_ref(name).get()
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from (f"{name}.{inner}" for inner in _leaves(value))
+    else:
+      yield name
+
+
+def changed(config: ml_collections.ConfigDict) -> list[str]:
+  """Dotted names of leaves whose value is not the default."""
+  base = dict(_flat(defaults()))
+  return [n for n, v in _flat(config) if n not in base or base[n] != v]
+
+
+def _flat(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any]]:
+  for name in _leaves(config):
+    value = config
+    for part in name.split("."):
+      value = value[part]
+    yield name, value
+
+
+def unknown_key_error(name: str, known: list[str]) -> UserError:
+  """The error for a key that does not exist, naming the nearest that does."""
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  if not near:  # the right name in the wrong section
+    last = name.rsplit(".", 1)[-1]
+    tails = {k.rsplit(".", 1)[-1]: k for k in known}
+    near = [tails[t] for t in difflib.get_close_matches(last, list(tails), n=1)]
+  hint = f"did you mean config.{near[0]}?" if near else "see --help"
+  return UserError(f"config.{name}: no such setting; {hint}")
+
+
+def check_overrides(
+  arguments: list[str], config: ml_collections.ConfigDict
+) -> None:
+  """Raises for a `--config.x.y=...` whose key the config does not have."""
+  known = list(_leaves(config))
+  for argument in arguments:
+    match = re.match(r"--?config\.([\w.]+)", argument)
+    if match and match[1] not in known:
+      raise unknown_key_error(match[1], known)
+
+
+def models(settings: Settings) -> list[str]:
+  """The models that `model.name` asks for, in table order."""
+  text = settings.model.name
+  names = list(MODELS) if text == "all" else re.split(r"[,\s]+", text.strip())
+  for name in names:
+    if name not in MODELS:
+      near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
+      hint = f"did you mean {near[0]}?" if near else f"one of {MODELS}"
+      raise UserError(f"config.model.name={text}: no model {name!r}; {hint}")
+  return [name for name in MODELS if name in names]
+
+
+def train_settings(settings: Settings, model: str) -> dict[str, Any]:
+  """The training section as `model` sees it: its own values first."""
+  common = settings.train.options()
+  own = getattr(settings.model, model).train.options()
+  return common | {k: v for k, v in own.items() if v is not None}

@@ -1,0 +1,218 @@
+"""An experiment in a folder: each method is a stage of the main job."""
+
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from retrieval_aug import config as configs
+from retrieval_aug import datasets, encoders
+from retrieval_aug.common import files, progress
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.common.manifest import Artifact
+from retrieval_aug.evaluation import table as result_table
+from retrieval_aug.memory import embed, neighbors
+from retrieval_aug.memory.table import Table
+from retrieval_aug.report import neighbors_picture
+from retrieval_aug.training import runs
+
+
+class Experiment:
+  """The stages, by name; each returns whether there was anything to do."""
+
+  def __init__(self, config: Any, workdir: pathlib.Path):
+    """Nothing is read or computed yet.
+
+    Args:
+      config: a ConfigDict from a file of `configs/`.
+      workdir: for everything that is written.
+    """
+    self.settings = configs.Settings(config)
+    self.workdir = workdir
+    self.models = configs.models(self.settings)
+
+  def embed(self) -> bool:
+    """Images and texts to embedding tables."""
+    s = self.settings
+    encoder = encoders.load(**s.encoder.options())
+    value_encoder = encoders.load(**s.value_encoder.options())
+    downstream, memory = self._sources
+    options = s.embed.options()
+    worked = False
+    for folder, items, values in (
+      ("queries", downstream, None),
+      ("memory", memory, value_encoder),
+    ):
+      artifact = embed.table_artifact(
+        self.workdir / folder, items, encoder, values, options["shard_rows"]
+      )
+      if not artifact.is_complete():
+        worked = True
+        embed.embed(artifact, items, encoder, values, **options)
+      artifact.verify()
+    return worked
+
+  def search(self) -> bool:
+    """Tables to neighbour shards and their working set."""
+    queries, memory = self._tables
+    options = self.settings.search.options()
+    worked = False
+    if not self._neighbors.is_complete():
+      worked = True
+      neighbors.find(self._neighbors, queries, memory, **options)
+    self._neighbors.verify()
+    if not self._working_set.is_complete():
+      worked = True
+      examples = runs.read_examples(self._neighbors, queries)
+      neighbors.gather_working_set(
+        self._working_set,
+        self._neighbors,
+        memory,
+        self.settings.value_encoder.name,
+        [e.neighbors for e in examples.values()],
+      )
+    self._working_set.verify()
+    return worked
+
+  def train(self) -> bool:
+    """Neighbours to trained parameters: every model with every seed."""
+    worked = False
+    for name in self.models:
+      if not _complete([r.artifact for r in self._runs(name)]):
+        worked = True
+        runs.train(self._runs(name), self._data)
+      for run in self._runs(name):
+        run.artifact.verify()
+    return worked
+
+  def evaluate(self) -> bool:
+    """Parameters to metrics, `results.csv` and `results.json`."""
+    options = self.settings.evaluate.options()
+    worked = False
+    for name in self.models:
+      if not _complete(self._evaluations(name)):
+        worked = True
+        runs.evaluate(self._runs(name), self._data, **options)
+      for artifact in self._evaluations(name):
+        artifact.verify()
+    rows = self._rows()
+    text = result_table.to_csv(rows)
+    files.write_bytes(self.workdir / "results.csv", text.encode())
+    files.write_json(self.workdir / "results.json", rows)
+    return worked
+
+  def report(self) -> bool:
+    """Evaluated runs to `neighbors.png`."""
+    options = self.settings.report.options()
+    if "mam" not in self.models:
+      progress.note("neighbors.png shows what mam attends to: not asked for")
+      return False
+    run, evaluation = self._runs("mam")[0], self._evaluations("mam")[0]
+    if not evaluation.is_complete():
+      raise UserError(f"{run.folder}: not evaluated; run --stages=evaluate.")
+    path = self.workdir / "neighbors.png"
+    version = f"{evaluation.fingerprint} {sorted(options.items())}"
+    if neighbors_picture.version_of(path) == version:
+      return False
+    queries, memory = self._tables
+    examples = runs.read_examples(self._neighbors, queries)
+    rows = neighbors_picture.choose(
+      examples["train"].labels,
+      examples["test"],
+      *runs.read_predictions(evaluation, "test"),
+      **options,
+    )
+    neighbors_picture.draw(
+      path, rows, *self._sources, memory.column("id"), version
+    )
+    return True
+
+  def text(self) -> str:
+    """The final table as Markdown, and what a reader of it must know."""
+    labels = {s: np.asarray(x) for s, x in self._labels().items()}
+    classes = 1 + max(int(x.max()) for x in labels.values())
+    table = result_table.to_text(
+      self._rows(),
+      "test",
+      np.bincount(labels["train"], minlength=classes),
+      labels["test"],
+      self.settings.evaluate.shot_groups,
+    )
+    return f"{table}\nNeighbors: {neighbors.describe(self._neighbors)}."
+
+  @functools.cached_property
+  def _sources(self) -> tuple[datasets.Downstream, datasets.MemorySource]:
+    return datasets.load(**self.settings.dataset.options())
+
+  @functools.cached_property
+  def _tables(self) -> tuple[Table, Table]:
+    """The query table and the memory table, as the embed stage left them."""
+    return Table(self.workdir / "queries"), Table(self.workdir / "memory")
+
+  @functools.cached_property
+  def _neighbors(self) -> Artifact:
+    return neighbors.neighbors_artifact(
+      self.workdir / "neighbors", *self._tables, self.settings.search.as_dict()
+    )
+
+  @functools.cached_property
+  def _working_set(self) -> Artifact:
+    return neighbors.working_set_artifact(
+      self.workdir / "working_set",
+      self._neighbors,
+      self.settings.value_encoder.name,
+    )
+
+  @functools.cached_property
+  def _data(self) -> runs.Data:
+    for artifact in (self._neighbors, self._working_set):
+      if not artifact.is_complete():
+        raise UserError(
+          f"{artifact.folder}: not finished; run --stages=search first."
+        )
+    return runs.load_data(
+      runs.read_examples(self._neighbors, self._tables[0]),
+      neighbors.load_working_set(self._working_set),
+      self._working_set.fingerprint,
+    )
+
+  @functools.cache  # noqa: B019 - an experiment lives as long as its process
+  def _runs(self, name: str) -> list[runs.Run]:
+    """The runs of one model, one a seed."""
+    train = configs.train_settings(self.settings, name)
+    return [
+      runs.Run(
+        model_name=name,
+        options=getattr(self.settings.model, name).options("train"),
+        train=train,
+        seed=seed,
+        folder=self.workdir / "runs" / name / f"seed_{seed}",
+        data_fingerprint=self._working_set.fingerprint,
+      )
+      for seed in range(train["seeds"])
+    ]
+
+  def _evaluations(self, name: str) -> list[Artifact]:
+    shot_groups = self.settings.evaluate.shot_groups
+    return [runs.evaluation_artifact(r, shot_groups) for r in self._runs(name)]
+
+  def _rows(self) -> list[dict[str, Any]]:
+    """Result rows of the models asked for."""
+    out = []
+    for name in self.models:
+      metrics = [a.info()["metrics"] for a in self._evaluations(name)]
+      out += result_table.rows(name, metrics)
+    return out
+
+  def _labels(self) -> dict[str, list[int]]:
+    """Labels of each split, in table order."""
+    queries = self._tables[0]
+    out: dict[str, list[int]] = {}
+    for split, label in zip(queries.column("split"), queries.column("label")):
+      out.setdefault(split, []).append(label)
+    return out
+
+
+def _complete(artifacts: list[Artifact]) -> bool:
+  return all(a.is_complete() for a in artifacts)

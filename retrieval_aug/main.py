@@ -1,0 +1,137 @@
+"""The main job: runs the missing stages of an experiment, in order.
+
+python -m retrieval_aug.main --config=configs/emoji.py --workdir=DIR
+
+Stages: embed, search, train, evaluate, report. What is finished is not done
+again; what was made from other settings is refused, never reused. Any setting
+can be given on the command line: --config.model.name=mam.
+"""
+
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from retrieval_aug import config as configs
+from retrieval_aug.common import files, progress
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.experiment import Experiment
+
+STAGES = ("embed", "search", "train", "evaluate", "report")
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The experiment: a file of configs/.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for everything that the experiment writes."
+)
+_STAGES = flags.DEFINE_list(
+  "stages", list(STAGES), f"Which stages to run, of {','.join(STAGES)}."
+)
+
+
+def run(config: Any, workdir: pathlib.Path, stages: list[str]) -> str:
+  """Runs the missing ones of `stages`.
+
+  Args:
+    config: from a file of `configs/`.
+    workdir: made if it does not exist.
+    stages: some of `STAGES`.
+
+  Returns:
+    The final table, with the class counts of the groups, the measured recall
+    and the seconds that each stage took; empty without the evaluate stage.
+
+  Raises:
+    UserError: anything that the user can mend.
+  """
+  for stage in stages:
+    if stage not in STAGES:
+      raise UserError(f"--stages={stage}: not one of {', '.join(STAGES)}.")
+  experiment = Experiment(config, workdir)
+  with files.lock(workdir):
+    for stage in STAGES:
+      if stage in stages:
+        _run_stage(experiment, stage)
+    text = ""
+    if "evaluate" in stages:
+      text = f"{experiment.text()}\n{_seconds(workdir)}"
+  if set(stages) == set(STAGES):
+    unread = experiment.settings.unread()
+    for name in configs.changed(config):
+      if name in unread:
+        progress.note(f"note: config.{name} was set, but nothing read it")
+  return text
+
+
+def _run_stage(experiment: Experiment, stage: str) -> None:
+  """Runs one stage; adds its time to `stages.json` if it did any work."""
+  start = time.monotonic()
+  if not getattr(experiment, stage)():
+    progress.note(f"{stage}: nothing to do")
+    return
+  spent = time.monotonic() - start
+  path = experiment.workdir / "stages.json"
+  seconds = files.read_json(path) if path.exists() else {}
+  seconds[stage] = round(seconds.get(stage, 0) + spent, 1)
+  files.write_json(path, seconds)
+  progress.note(f"{stage}: done in {spent:.1f} s")
+
+
+def _seconds(workdir: pathlib.Path) -> str:
+  path = workdir / "stages.json"
+  seconds = files.read_json(path) if path.exists() else {}
+  parts = [f"{s} {seconds[s]:.1f}" for s in STAGES if s in seconds]
+  return f"Seconds a stage took: {', '.join(parts)}."
+
+
+def _parse(arguments: list[str]) -> list[str]:
+  """Parses flags; a wrong one ends the program with one line."""
+  try:
+    return flags.FLAGS(arguments)
+  except Exception as error:
+    _fail(_explain(arguments, error))
+
+
+def _explain(arguments: list[str], error: Exception) -> str:
+  """What is wrong with the flags: the nearest name for an unknown setting."""
+  message = re.sub(r"\s+", " ", str(error)).strip()
+  for argument in arguments:
+    match = re.match(r"--?config=([^:]+)", argument)
+    if match and not pathlib.Path(match[1]).exists():
+      return f"--config={match[1]}: no such file; see configs/."
+  try:
+    configs.check_overrides(arguments, configs.defaults())
+  except UserError as unknown:
+    return str(unknown)
+  return f"{message[:300]}; see --help."
+
+
+def _fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(1)
+
+
+def main(arguments: list[str]) -> None:
+  """Runs the job that the flags describe."""
+  if len(arguments) > 1:
+    _fail(f"unexpected argument {arguments[1]!r}; see --help.")
+  if _CONFIG.value is None or _WORKDIR.value is None:
+    _fail("--config=FILE and --workdir=DIR are needed; see --help.")
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every step it takes
+  try:
+    text = run(_CONFIG.value, pathlib.Path(_WORKDIR.value), list(_STAGES.value))
+  except UserError as error:
+    _fail(str(error))
+  except KeyboardInterrupt:
+    _fail("interrupted; the same command goes on where this one stopped.")
+  if text:
+    print(text)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

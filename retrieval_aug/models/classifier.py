@@ -1,0 +1,69 @@
+"""A fusion and a head as one model: eq. 2 of Iscen et al., CVPR 2023.
+
+f(x) = h(r(z, M_NN, V_NN))                                             (2)
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from retrieval_aug.models.scaling import SCALES, accumulator, scaled
+from retrieval_aug.models.shapes import check_choice, check_inputs
+
+
+class Classifier(nn.Module):
+  """Logits from a query and its neighbors.
+
+  Parameters: `fusion/...` (none without a fusion) and `head/...`.
+
+  Attributes:
+    head: h, from `[B, d]` to `[B, C]`: `Linear` or `MLP`.
+    fusion: r, a module called with `(query, keys, values, mask)`; None for
+      classifiers of the query alone (eq. 1).
+    input_scale: "sqrt_d" gives the query the norm sqrt(d) before anything
+      else, whatever the fusion, so that models are compared on the same
+      input: entries of about unit size. "none" leaves it.
+  """
+
+  head: nn.Module
+  fusion: nn.Module | None = None
+  input_scale: str = "sqrt_d"
+
+  @nn.compact
+  def __call__(
+    self,
+    query: Array,
+    keys: Array | None = None,
+    values: Array | None = None,
+    mask: Array | None = None,
+    *,
+    train: bool = False,
+    return_attention: bool = False,
+  ) -> Array | tuple[Array, Array]:
+    """Classifies.
+
+    Args:
+      query: z, `[B, d]`.
+      keys: M_NN, `[B, k, d]`; may be None for what does not look at it.
+      values: V_NN, `[B, k, d_v]`; likewise.
+      mask: bool `[B, k]`, True where a neighbor counts; None for all.
+      train: turns dropout on; needs `rngs={"dropout": ...}` if a rate is set.
+      return_attention: also return the fusion's weights.
+
+    Returns:
+      Logits, float32 `[B, C]`. With `return_attention` also the weights,
+      float32 `[B, L, k]`, with L = 0 where there is no fusion.
+    """
+    check_choice("input_scale", self.input_scale, SCALES)
+    sizes = check_inputs(query, keys, values, mask)
+    query = jnp.asarray(query)
+    z = scaled(query, self.input_scale, accumulator(query.dtype))
+    if self.fusion is None:
+      count = sizes["k"][0] if "k" in sizes else 0
+      weights = jnp.zeros((query.shape[0], 0, count), jnp.float32)
+    else:
+      z, weights = self.fusion(
+        z, keys, values, mask, train=train, return_attention=True
+      )
+    logits = self.head(z, train=train)
+    return (logits, weights) if return_attention else logits

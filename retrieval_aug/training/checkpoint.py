@@ -1,0 +1,77 @@
+"""Orbax checkpoints of a training run, and the final parameters as one file."""
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from retrieval_aug.common import files
+from retrieval_aug.common.errors import UserError
+
+
+class Checkpoints:
+  """Saves a state now and then, and restores the latest one.
+
+  A context manager: leaving it waits for the last save to be on disk.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder.absolute()
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=1, cleanup_tmp_directories=True
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_):
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts writing `state`; training goes on meanwhile."""
+    self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def restore(self, like: Any) -> tuple[int, Any]:
+    """The latest (step, state), or (0, like) where there is none.
+
+    Args:
+      like: a state with the shapes, types and shardings that are wanted.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return 0, like
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+      state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+    except Exception as error:
+      reason = re.sub(r"\s+", " ", str(error))[:160]
+      raise UserError(
+        f"{self._folder / str(step)}: this checkpoint cannot be restored "
+        f"({type(error).__name__}: {reason}); delete {self._folder.parent} to "
+        "train this run again."
+      ) from error
+    return step, state
+
+
+def save_params(path: pathlib.Path, params: Any) -> None:
+  """Writes parameters to an `.npz` with names like `fusion/layer_0/...`."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
+    np.savez(f, **{n: np.asarray(x) for n, x in flat.items()})
+
+
+def load_params(path: pathlib.Path) -> Any:
+  """Reads what `save_params` wrote."""
+  with np.load(path, allow_pickle=False) as data:
+    return traverse_util.unflatten_dict(dict(data), sep="/")

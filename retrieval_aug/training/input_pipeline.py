@@ -1,0 +1,172 @@
+"""Batches: downstream examples joined with their neighbours, in a fixed order.
+
+The order is a pure function of (seed, step): position p = step * batch + i
+lies in epoch p // N, and its example is a seeded permutation of p % N. There
+is no shuffle buffer whose state could be lost, and a run that starts at step
+s sees what it would have seen there.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.common.tf import import_tensorflow
+
+
+class Examples(NamedTuple):
+  """One split, joined with its neighbours.
+
+  Attributes:
+    ids: [N] example ids.
+    labels: int32 [N].
+    queries: float32 [N, d].
+    neighbors: int64 [N, k], rows of the memory table, -1 pads.
+    scores: float32 [N, k], cosine, -inf pads.
+  """
+
+  ids: list[str]
+  labels: np.ndarray
+  queries: np.ndarray
+  neighbors: np.ndarray
+  scores: np.ndarray
+
+
+def read(
+  paths: list[pathlib.Path],
+  ids: list[str],
+  labels: list[int],
+  dims: int,
+  k: int,
+) -> Examples:
+  """Joins downstream examples with neighbour shards by example id.
+
+  Args:
+    paths: the split's shards, in order.
+    ids: ids of the split's examples, in table order.
+    labels: their labels.
+    dims: width of a query.
+    k: neighbours stored an example.
+
+  Raises:
+    UserError: an example is missing, surplus or out of order, a label
+      differs, or a record cannot be read; names file and id.
+  """
+  tf = import_tensorflow()
+  feature = tf.io.FixedLenFeature
+  spec = {
+    "example_id": feature([], tf.string),
+    "label": feature([], tf.int64),
+    "query": feature([], tf.string),
+    "neighbor_ids": feature([], tf.string),
+    "neighbor_scores": feature([], tf.string),
+  }
+
+  def parse(records):
+    x = tf.io.parse_example(records, spec)
+    x["query"] = tf.io.decode_raw(x["query"], tf.float16)
+    x["neighbor_ids"] = tf.io.decode_raw(x["neighbor_ids"], tf.int64)
+    x["neighbor_scores"] = tf.io.decode_raw(x["neighbor_scores"], tf.float32)
+    return x
+
+  files = ", ".join(p.name for p in paths)
+  remedy = f"delete {paths[0].parent} to have it made again"
+  data = tf.data.TFRecordDataset([str(p) for p in paths])
+  data = data.batch(1024).map(parse, num_parallel_calls=2).prefetch(2)
+  try:
+    parts = list(data.as_numpy_iterator())
+  except tf.errors.OpError as error:
+    reason = error.message.splitlines()[0][:160]
+    raise UserError(f"{files}: cannot be read ({reason}); {remedy}.") from error
+  joined = {n: np.concatenate([p[n] for p in parts]) for n in spec}
+  found = [x.decode() for x in joined["example_id"]]
+  if found != ids:
+    missing = sorted(set(ids) - set(found))
+    surplus = sorted(set(found) - set(ids))
+    raise UserError(
+      f"{files}: its examples are not those of the dataset ({len(missing)} "
+      f"missing {missing[:2]}, {len(surplus)} surplus {surplus[:2]}, or in "
+      f"another order); {remedy}."
+    )
+  wrong = np.flatnonzero(joined["label"] != np.asarray(labels))
+  if wrong.size:
+    raise UserError(
+      f"{files}: example {found[wrong[0]]!r} has label "
+      f"{joined['label'][wrong[0]]} there and {labels[wrong[0]]} in the "
+      f"dataset; {remedy}."
+    )
+  for name, width in (("query", dims), ("neighbor_ids", k)):
+    if joined[name].shape[1] != width:
+      raise UserError(
+        f"{files}: {name} has {joined[name].shape[1]} numbers, not {width}; "
+        f"{remedy}."
+      )
+  return Examples(
+    ids=found,
+    labels=joined["label"].astype(np.int32),
+    queries=joined["query"].astype(np.float32),
+    neighbors=joined["neighbor_ids"],
+    scores=joined["neighbor_scores"],
+  )
+
+
+def train_batches(
+  arrays: dict[str, np.ndarray],
+  *,
+  batch_size: int,
+  seed: int,
+  first_step: int,
+  last_step: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of steps first_step..last_step-1, each a function of (seed, step).
+
+  Args:
+    arrays: equally long arrays, [N, ...].
+    batch_size: examples a batch; batches run across the ends of epochs.
+    seed: of the order.
+    first_step: where to begin.
+    last_step: where to stop.
+  """
+  tf = import_tensorflow()
+  n = len(next(iter(arrays.values())))
+  tensors = {name: tf.constant(x) for name, x in arrays.items()}
+
+  def batch(step):
+    position = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+    seeds = tf.stack(
+      [
+        tf.fill([batch_size], tf.constant(seed, tf.int64)),
+        position // n,
+        tf.zeros([batch_size], tf.int64),
+      ],
+      axis=1,
+    )
+    index = tf.random.experimental.index_shuffle(
+      position % n, seeds, tf.fill([batch_size], tf.constant(n - 1, tf.int64))
+    )
+    return {name: tf.gather(x, index) for name, x in tensors.items()}
+
+  data = tf.data.Dataset.range(first_step, last_step)
+  # Order is part of the contract; the one private thread is enough for a
+  # gather and leaves the cores to the step.
+  options = tf.data.Options()
+  options.deterministic = True
+  options.threading.private_threadpool_size = 1
+  data = data.map(batch, num_parallel_calls=1).prefetch(8)
+  return data.with_options(options).as_numpy_iterator()
+
+
+def eval_batches(
+  arrays: dict[str, np.ndarray], batch_size: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """Batches in order, the last one filled up; yields (examples in it, batch).
+
+  Filling keeps one shape and so one compilation; the caller drops the rest.
+  """
+  n = len(next(iter(arrays.values())))
+  for start in range(0, n, batch_size):
+    count = min(batch_size, n - start)
+    index = np.minimum(np.arange(start, start + batch_size), n - 1)
+    yield count, {name: x[index] for name, x in arrays.items()}

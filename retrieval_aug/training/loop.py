@@ -1,0 +1,208 @@
+"""The training loop, from top to bottom: state, restore, steps, save."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from retrieval_aug.common import files, progress
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.training import input_pipeline, optimizer, sharding
+from retrieval_aug.training import loss as losses
+from retrieval_aug.training import step as steps
+from retrieval_aug.training.checkpoint import Checkpoints
+
+# Losses are fetched from the device in groups: fetching each would make the
+# host wait for every step.
+_FETCH_EVERY = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """How to train; see `config.py` for what each means."""
+
+  epochs: float
+  batch_size: int
+  learning_rate: float
+  weight_decay: float
+  warmup_epochs: float
+  label_smoothing: float
+  tau: float
+  gradient_clip: float
+  checkpoint_epochs: float
+
+  def steps(self, epochs: float, examples: int) -> int:
+    """Steps in a number of epochs, rounded, at least 1."""
+    return max(1, round(epochs * examples / self.batch_size))
+
+
+class Trainer:
+  """A model with its compiled steps, trained once a seed."""
+
+  def __init__(
+    self,
+    model: nn.Module,
+    settings: TrainSettings,
+    memory: steps.Memory,
+    train: dict[str, np.ndarray],
+    class_counts: np.ndarray,
+  ):
+    """Prepares training; nothing is computed yet.
+
+    Args:
+      model: called with (query, keys, values, mask).
+      settings: how to train.
+      memory: the working set, as arrays of any kind.
+      train: query [N, d], rows int32 [N, k], label int32 [N].
+      class_counts: training examples a class, [C].
+    """
+    self.mesh = sharding.mesh()
+    sharding.check_batch_size(
+      "train.batch_size", settings.batch_size, self.mesh
+    )
+    self.model = model
+    self.settings = settings
+    self.memory = sharding.replicate(memory, self.mesh)
+    self._train = train
+    n = len(train["label"])
+    self.total_steps = settings.steps(settings.epochs, n)
+    self.checkpoint_steps = settings.steps(settings.checkpoint_epochs, n)
+    self._optimizer = optimizer.make(
+      learning_rate=settings.learning_rate,
+      weight_decay=settings.weight_decay,
+      total_steps=self.total_steps,
+      warmup_steps=settings.steps(settings.warmup_epochs, n),
+      gradient_clip=settings.gradient_clip,
+    )
+    self._step = steps.make_train_step(
+      model,
+      self._optimizer,
+      tau=settings.tau,
+      label_smoothing=settings.label_smoothing,
+    )
+    self._log_prior = sharding.replicate(
+      losses.log_prior(class_counts), self.mesh
+    )
+
+  def init(self, seed: int) -> steps.State:
+    """The state before the first step."""
+    batch = {n: x[: self.mesh.size] for n, x in self._train.items()}
+    state = steps.init(self.model, self._optimizer, self.memory, batch, seed)
+    return sharding.replicate(state, self.mesh)
+
+  def run(
+    self,
+    seed: int,
+    folder: pathlib.Path | None = None,
+    what: str = "train",
+  ) -> Any:
+    """Trains, from the latest checkpoint in `folder` if there is one.
+
+    Args:
+      seed: of parameters, order and dropout.
+      folder: for checkpoints and `metrics.jsonl`; None keeps nothing.
+      what: label of the progress bar.
+
+    Returns:
+      The parameters after the last step.
+
+    Raises:
+      UserError: the loss stops being finite; a checkpoint is unreadable.
+    """
+    state = self.init(seed)
+    if folder is None:
+      return self._steps(state, 0, seed, what, None, None).params
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+      first, state = checkpoints.restore(state)
+      log = _Log(folder / "metrics.jsonl", first)
+      return self._steps(state, first, seed, what, checkpoints, log).params
+
+  def _steps(self, state, first, seed, what, checkpoints, log):
+    key = sharding.replicate(jax.random.key(seed), self.mesh)
+    batches = input_pipeline.train_batches(
+      self._train,
+      batch_size=self.settings.batch_size,
+      seed=seed,
+      first_step=first,
+      last_step=self.total_steps,
+    )
+    fetched = []
+    bar = progress.bar(total=self.total_steps, what=what, unit="step")
+    with bar:
+      bar.update(first)
+      for number, batch in enumerate(batches, start=first + 1):
+        batch = sharding.split_batch(batch, self.mesh)
+        state, loss = self._step(
+          state, self.memory, batch, key, self._log_prior
+        )
+        fetched.append((number, loss))
+        last = number == self.total_steps
+        save = last or number % self.checkpoint_steps == 0
+        if save or len(fetched) == _FETCH_EVERY:
+          values = _fetch(fetched, what)
+          bar.set_postfix_str(f"loss {values[-1][1]:.4f}", refresh=False)
+          bar.update(len(values))
+          fetched = []
+          if log is not None:
+            log.write(values)
+        if save and checkpoints is not None:
+          checkpoints.save(number, state)
+    return state
+
+
+def _fetch(fetched, what: str) -> list[tuple[int, float]]:
+  values = [(number, float(loss)) for number, loss in fetched]
+  for number, value in values:
+    if not np.isfinite(value):
+      raise UserError(
+        f"{what}: the loss is {value} at step {number}; lower "
+        "train.learning_rate. The last good checkpoint is kept."
+      )
+  return values
+
+
+class _Log:
+  """`metrics.jsonl`: one line a step, none lost and none doubled."""
+
+  def __init__(self, path: pathlib.Path, first: int):
+    self._path = path
+    kept = []
+    if path.exists():
+      # Lines after the restored step will come again; a killed writer may
+      # have left half a line.
+      for line in path.read_text().splitlines():
+        try:
+          if json.loads(line)["step"] <= first:
+            kept.append(line)
+        except ValueError:
+          break
+    files.write_bytes(path, "".join(f"{x}\n" for x in kept).encode())
+
+  def write(self, values: list[tuple[int, float]]) -> None:
+    with open(self._path, "a") as f:
+      for number, loss in values:
+        f.write(json.dumps({"step": number, "loss": loss}) + "\n")
+
+
+def predict(
+  model: nn.Module,
+  params: Any,
+  memory: steps.Memory,
+  arrays: dict[str, np.ndarray],
+  batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Logits float32 [N, C] and attention weights float32 [N, L, k]."""
+  mesh = sharding.mesh()
+  sharding.check_batch_size("evaluate.batch_size", batch_size, mesh)
+  step = steps.make_predict_step(model)
+  params, memory = sharding.replicate((params, memory), mesh)
+  logits, weights = [], []
+  for count, batch in input_pipeline.eval_batches(arrays, batch_size):
+    out = step(params, memory, sharding.split_batch(batch, mesh))
+    logits.append(np.asarray(out[0])[:count])
+    weights.append(np.asarray(out[1])[:count])
+  return np.concatenate(logits), np.concatenate(weights)

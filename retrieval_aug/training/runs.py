@@ -1,0 +1,252 @@
+"""The train and evaluate stages: one folder a run of a model with a seed."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import linen as nn
+
+from retrieval_aug import models
+from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.evaluation import accuracy
+from retrieval_aug.memory import neighbors
+from retrieval_aug.memory.table import Table
+from retrieval_aug.training import input_pipeline, loop, step
+from retrieval_aug.training import loss as losses
+from retrieval_aug.training.checkpoint import load_params, save_params
+
+EVAL_SPLITS = ("val", "test")
+TOP_KS = (1, 5)
+
+
+class Data(NamedTuple):
+  """What every run of an experiment shares.
+
+  Attributes:
+    examples: split -> examples with their neighbours.
+    memory: the working set.
+    rows: split -> int32 [N, k], working-set rows of the neighbours.
+    class_counts: int64 [C], training examples a class.
+    fingerprint: of the neighbours and values behind all this.
+  """
+
+  examples: dict[str, input_pipeline.Examples]
+  memory: step.Memory
+  rows: dict[str, np.ndarray]
+  class_counts: np.ndarray
+  fingerprint: str
+
+  def arrays(self, split: str, k: int) -> dict[str, np.ndarray]:
+    """query [N, d], rows [N, k] and label [N] of one split."""
+    examples = self.examples[split]
+    return {
+      "query": examples.queries,
+      "rows": self.rows[split][:, :k],
+      "label": examples.labels,
+    }
+
+
+def read_examples(
+  artifact: manifest.Artifact, queries: Table
+) -> dict[str, input_pipeline.Examples]:
+  """Joins every split of the query table with its neighbours."""
+  info = artifact.info()
+  columns = [queries.column(n) for n in ("id", "label", "split")]
+  out = {}
+  for split in neighbors.SPLITS:
+    chosen = [(i, label) for i, label, s in zip(*columns) if s == split]
+    out[split] = input_pipeline.read(
+      neighbors.shard_paths(artifact, split),
+      [i for i, _ in chosen],
+      [label for _, label in chosen],
+      info["dims"],
+      info["k"],
+    )
+  return out
+
+
+def load_data(
+  examples: dict[str, input_pipeline.Examples],
+  working_set: neighbors.WorkingSet,
+  fingerprint: str,
+) -> Data:
+  """Brings examples and working set into the form that runs use."""
+  labels = np.concatenate([e.labels for e in examples.values()])
+  return Data(
+    examples=examples,
+    memory=step.Memory(
+      working_set.keys.astype(np.float32),
+      working_set.values.astype(np.float32),
+    ),
+    rows={s: working_set.renumber(e.neighbors) for s, e in examples.items()},
+    class_counts=losses.class_counts(
+      examples["train"].labels, int(labels.max()) + 1
+    ),
+    fingerprint=fingerprint,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One model trained with one seed.
+
+  Attributes:
+    model_name: a name in `models`.
+    options: of the module.
+    train: as `config.train_settings` gives them.
+    seed: of parameters, order and dropout.
+    folder: of this run.
+    data_fingerprint: of the data it sees.
+  """
+
+  model_name: str
+  options: dict[str, Any]
+  train: dict[str, Any]
+  seed: int
+  folder: pathlib.Path
+  data_fingerprint: str
+
+  @property
+  def artifact(self) -> manifest.Artifact:
+    # How often checkpoints are written and how many seeds there are do not
+    # change what a run computes.
+    indifferent = ("checkpoint_epochs", "seeds")
+    train = {n: v for n, v in self.train.items() if n not in indifferent}
+    return manifest.Artifact(
+      self.folder,
+      "training run",
+      {
+        "data": self.data_fingerprint,
+        "model": {"name": self.model_name, **self.options},
+        "train": train,
+        "seed": self.seed,
+      },
+    )
+
+  @property
+  def label(self) -> str:
+    return f"{self.model_name} seed {self.seed}"
+
+  def params(self) -> Any:
+    """The trained parameters, verified."""
+    self.artifact.verify()
+    return load_params(self.folder / "params.npz")
+
+
+def build(run: Run, num_classes: int) -> nn.Module:
+  """The run's model; an option that it does not take is a `UserError`."""
+  try:
+    return models.build(run.model_name, num_classes, **run.options)
+  except ValueError as error:
+    raise UserError(f"config.model.{run.model_name}: {error}") from error
+
+
+def train(runs: list[Run], data: Data) -> None:
+  """Trains the unfinished among the seeds of one model, in turn.
+
+  Args:
+    runs: equal but for seed and folder.
+    data: shared by all.
+  """
+  todo = [run for run in runs if not run.artifact.is_complete()]
+  if not todo:
+    return
+  settings = dict(todo[0].train)
+  k = settings.pop("k")
+  settings.pop("seeds")
+  available = data.rows["train"].shape[1]
+  if not 1 <= k <= available:
+    raise UserError(
+      f"config.train.k={k}: the neighbour shards hold {available}; choose 1 to "
+      f"{available}, or search again with a larger config.search.k."
+    )
+  trainer = loop.Trainer(
+    build(todo[0], len(data.class_counts)),
+    loop.TrainSettings(**settings),
+    data.memory,
+    data.arrays("train", k),
+    data.class_counts,
+  )
+  for run in todo:
+    artifact = run.artifact
+    with files.lock(run.folder):
+      artifact.start()
+      params = trainer.run(run.seed, run.folder, f"train {run.label}")
+      save_params(run.folder / "params.npz", params)
+      artifact.record("params", ["params.npz"])
+      artifact.finish(["params"])
+
+
+def evaluation_artifact(run: Run, shot_groups: str) -> manifest.Artifact:
+  """Predictions and metrics of a run."""
+  return manifest.Artifact(
+    run.folder / "evaluation",
+    "evaluation",
+    {"run": run.artifact.fingerprint, "shot_groups": shot_groups},
+  )
+
+
+def evaluate(
+  runs: list[Run], data: Data, *, batch_size: int, shot_groups: str
+) -> None:
+  """Predicts val and test with the unevaluated among the runs of one model.
+
+  Writes `predictions-<split>.npz` (example ids, logits, attention weights)
+  and puts the metrics into the manifest.
+
+  Args:
+    runs: equal but for seed and folder, trained.
+    data: shared by all.
+    batch_size: examples a step.
+    shot_groups: see `accuracy.shot_groups`.
+  """
+  groups = accuracy.shot_groups(data.class_counts, shot_groups)
+  for run in runs:
+    artifact = evaluation_artifact(run, shot_groups)
+    if artifact.is_complete():
+      continue
+    if not run.artifact.is_complete():
+      raise UserError(f"{run.folder}: not trained yet; run --stages=train.")
+    progress.note(f"evaluate {run.label}")
+    with files.lock(artifact.folder):
+      artifact.start()
+      model, params = build(run, len(data.class_counts)), run.params()
+      metrics = {}
+      for split in EVAL_SPLITS:
+        logits, attention = loop.predict(
+          model,
+          params,
+          data.memory,
+          data.arrays(split, run.train["k"]),
+          batch_size,
+        )
+        path = artifact.folder / f"predictions-{split}.npz"
+        with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
+          np.savez(
+            f,
+            ids=np.asarray(data.examples[split].ids),
+            logits=logits,
+            attention=attention.astype(np.float16),
+          )
+        artifact.record(split, [path.name])
+        labels = data.examples[split].labels
+        metrics[split] = {
+          f"top{k}": accuracy.by_group(
+            accuracy.top_k_correct(logits, labels, k), labels, groups
+          )
+          for k in TOP_KS
+        }
+      artifact.finish(list(EVAL_SPLITS), {"metrics": metrics})
+
+
+def read_predictions(
+  evaluation: manifest.Artifact, split: str
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+  """(example ids, logits [N, C], attention [N, L, k]), verified."""
+  evaluation.verify()
+  path = evaluation.folder / f"predictions-{split}.npz"
+  with np.load(path, allow_pickle=False) as data:
+    ids = [str(i) for i in data["ids"]]
+    return ids, data["logits"], data["attention"].astype(np.float32)
