@@ -117,12 +117,13 @@ class SelfAttention(_Group):
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     batch, length, width = x.shape
     heads = self.config.heads
+    head = width // heads
     query, key, value = (
-      Linear(width, name=name)(x).reshape(batch, length, heads, -1)
+      Linear(width, name=name)(x).reshape(batch, length, heads, head)
       for name in ("query", "key", "value")
     )  # [B, T, N, H]
     scores = jnp.einsum("btnh,bsnh->bnts", query, key)
-    scores = scores / np.float32(np.sqrt(width // heads))
+    scores = scores / np.float32(np.sqrt(head))
     # Filled, not added to: a padding token then has weight exactly 0.
     keep = mask[:, None, None, :] > 0
     scores = jnp.where(keep, scores, jnp.finfo(scores.dtype).min)

@@ -165,7 +165,7 @@ def _read(f: BinaryIO) -> dict[str, np.ndarray]:
   if not isinstance(tensors, dict):
     raise _Refused("it does not hold a state dict")
   # By the type's own method: the file may have set attributes of the object.
-  tensors = {key: tensor for key, tensor in dict.items(tensors)}
+  tensors = dict(dict.items(tensors))
   for key, tensor in tensors.items():
     if type(key) is not str or type(tensor) is not _Tensor:
       raise _Refused("its state dict holds something else than named tensors")

@@ -10,6 +10,11 @@ use it alone:
 from retrieval_aug.models.classifier import Classifier
 from retrieval_aug.models.heads import MLP, Linear
 from retrieval_aug.models.mam import MAM
+from retrieval_aug.models.mam_params import (
+  fold_for_inference,
+  stack_layers,
+  unstack_layers,
+)
 from retrieval_aug.models.mean_knn import MeanKNN
 from retrieval_aug.models.registry import build, names, options
 
@@ -20,6 +25,9 @@ __all__ = [
   "Linear",
   "MeanKNN",
   "build",
+  "fold_for_inference",
   "names",
   "options",
+  "stack_layers",
+  "unstack_layers",
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from retrieval_aug.models.neighbors import Values
 from retrieval_aug.models.scaling import SCALES, accumulator, scaled
 from retrieval_aug.models.shapes import check_choice, check_inputs
 
@@ -34,9 +35,10 @@ class Classifier(nn.Module):
     self,
     query: Array,
     keys: Array | None = None,
-    values: Array | None = None,
+    values: Values | None = None,
     mask: Array | None = None,
     *,
+    sources: Array | None = None,
     train: bool = False,
     return_attention: bool = False,
   ) -> Array | tuple[Array, Array]:
@@ -45,8 +47,9 @@ class Classifier(nn.Module):
     Args:
       query: z, `[B, d]`.
       keys: M_NN, `[B, k, d]`; may be None for what does not look at it.
-      values: V_NN, `[B, k, d_v]`; likewise.
+      values: V_NN, `[B, k, d_v]`, or a tuple of such; likewise.
       mask: bool `[B, k]`, True where a neighbor counts; None for all.
+      sources: int `[B, k]`, for fusions that take it (MAM's `source_gate`).
       train: turns dropout on; needs `rngs={"dropout": ...}` if a rate is set.
       return_attention: also return the fusion's weights.
 
@@ -62,8 +65,9 @@ class Classifier(nn.Module):
       count = sizes["k"][0] if "k" in sizes else 0
       weights = jnp.zeros((query.shape[0], 0, count), jnp.float32)
     else:
+      extra = {} if sources is None else {"sources": sources}
       z, weights = self.fusion(
-        z, keys, values, mask, train=train, return_attention=True
+        z, keys, values, mask, train=train, return_attention=True, **extra
       )
     logits = self.head(z, train=train)
     return (logits, weights) if return_attention else logits

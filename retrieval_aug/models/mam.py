@@ -3,31 +3,26 @@
   f^1 = z + chi(softmax(psi_Q(z) psi_K(M)^T / sqrt(d)) V)                (5)
   f^L = z + chi(softmax(psi_Q(f^{L-1}) psi_K(M)^T / sqrt(d)) V)          (6)
 
-where z is the query, M the keys and V the values of its k neighbors.
-
-The keys are never projected. With psi_Q(f) = W_Q f + b_Q and
-psi_K(m) = W_K m + b_K,
-
-  psi_Q(f) . psi_K(m) = (W_K^T psi_Q(f)) . m + psi_Q(f) . b_K,
-
-and the last term is the same for all neighbors, so the softmax does not see
-it. One d x d product an example replaces k of them; and b_K, whose gradient is
-zero, is no parameter at all.
+where z is the query, M the keys and V the values of its k neighbors. How a
+layer does without projecting the keys is told in `memory_attention`.
 """
-
-import math
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Initializer
 from jax import Array
 from jax.typing import DTypeLike
 
+from retrieval_aug.models.memory_attention import (
+  QK_INITS,
+  MemoryAttention,
+  Neighbors,
+  SeparateAttentions,
+)
 from retrieval_aug.models.neighbors import (
+  Values,
   add_where_any,
-  masked_softmax,
+  as_tuple,
   neighbor_mask,
-  weighted_sum,
 )
 from retrieval_aug.models.scaling import (
   SCALES,
@@ -36,6 +31,7 @@ from retrieval_aug.models.scaling import (
   scaled,
 )
 from retrieval_aug.models.shapes import (
+  bind,
   check_at_least,
   check_choice,
   check_inputs,
@@ -43,101 +39,8 @@ from retrieval_aug.models.shapes import (
 )
 
 RESIDUALS = ("query", "previous")
-
-
-def _identity(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-  del key
-  return jnp.eye(*shape, dtype=dtype)
-
-
-QK_INITS: dict[str, Initializer] = {
-  # The attention starts as the softmax of the cosines that found the
-  # neighbors, which is decisive where training data is scarce.
-  "identity": _identity,
-  "lecun_normal": nn.initializers.lecun_normal(),
-}
-
-
-class KeyProjection(nn.Module):
-  """psi_K applied to the other side: `u -> W_K^T u`, without bias.
-
-  Attributes:
-    key_dim: width of the keys.
-    kernel_init: initialiser of `kernel` `[key_dim, d]`, stored as a Dense
-      layer on the keys would store it.
-    dtype: type to compute in.
-    param_dtype: type of the parameter.
-  """
-
-  key_dim: int
-  kernel_init: Initializer
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(self, u: Array) -> Array:
-    """Maps a projected query `[B, d]` to key space `[B, key_dim]`."""
-    shape = (self.key_dim, u.shape[-1])
-    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-    return jnp.einsum("bd,kd->bk", u, kernel.astype(self.dtype))
-
-
-class MAMLayer(nn.Module):
-  """One attention over the neighbors: what eq. 5 adds to the residual.
-
-  Parameters, with psi_Q, psi_K and chi of eq. 5:
-    query/{kernel [d, d], bias [d]}, key/kernel [d, d],
-    output/{kernel [d_v, d], bias [d]}.
-  """
-
-  qk_init: str = "identity"
-  dropout: float = 0.0
-  dtype: DTypeLike = jnp.float32
-  param_dtype: DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self,
-    f: Array,
-    keys: Array,
-    values: Array,
-    mask: Array,
-    key_factors: Array,
-    value_factors: Array,
-    train: bool,
-  ) -> tuple[Array, Array]:
-    """Attends.
-
-    Args:
-      f: `[B, d]`, scaled as the attention is to see it.
-      keys: `[B, k, d]`, not scaled.
-      values: `[B, k, d_v]`, not scaled.
-      mask: bool `[B, k]`.
-      key_factors: `[B, k]`, the scale of each key. A factor on a key is a
-        factor on its logit, and one on a value is one on its weight, so
-        scaled copies of keys and values are never made.
-      value_factors: `[B, k]`, the scale of each value.
-      train: whether dropout is on.
-
-    Returns:
-      chi of the attended value `[B, d]`, and the weights `[B, k]`.
-    """
-    dim = f.shape[-1]
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    init = QK_INITS[self.qk_init]
-    u = nn.Dense(dim, kernel_init=init, name="query", **types)(f)
-    u = KeyProjection(keys.shape[-1], init, name="key", **types)(u)  # [B, d]
-    logits = jnp.einsum(
-      "bd,bkd->bk",
-      u,
-      jnp.asarray(keys, self.dtype),
-      preferred_element_type=key_factors.dtype,
-    )
-    logits = logits * key_factors / math.sqrt(dim)
-    weights = masked_softmax(logits, mask)
-    attended = weighted_sum(weights * value_factors, values, self.dtype)
-    attended = nn.Dropout(self.dropout)(attended, deterministic=not train)
-    return nn.Dense(dim, name="output", **types)(attended), weights
+VALUE_FUSIONS = ("concatenate", "separate")
+NORMS = (None, "qk")
 
 
 class MAM(nn.Module):
@@ -160,8 +63,24 @@ class MAM(nn.Module):
     qk_init: "identity" or "lecun_normal", for psi_Q and psi_K.
     input_scale: "sqrt_d", or "none" for inputs as given.
     value_scale: the same for the values before they are averaged.
+    value_fusion: with values of several encoders: "concatenate" weighs all by
+      one attention, "separate" gives each an attention (`value_0/...`) and
+      sums what they add.
+    num_heads: H; must divide d. The values are not split: chi sees the
+      attended values of all heads side by side, `[H d_v, d]`.
+    norm: "qk" makes the logits `sqrt(d) cos(W_K^T psi_Q(f), m)`, which bounds
+      them. The usual query-key norm has `psi_K(m)` in the place of m, which
+      would cost the projection of every key.
+    attention_temperature: what the logits are divided by, or "learned" for
+      one number a head, `log_temperature` `[H]`, which starts at 0.
+    source_gate: number of memory sources, 0 for none. Each gets a learned
+      factor on its weights, `exp(source_gate[s])`, which starts at 1.
     neighbor_dropout: probability of hiding a neighbor in training.
-    dropout: rate on the attended value, before chi.
+    dropout: rate on the attended values, before chi.
+    remat: keep nothing of a layer for the backward pass but its input.
+    scan_layers: compile one layer and loop; parameters of all layers are
+      stacked in `layers/...` (`stack_layers` and `unstack_layers` convert).
+    folded: parameters are those that `fold_for_inference` makes.
     dtype: type of the matrix products. Softmax and residual are float32 (or
       wider) whatever it is.
     param_dtype: type of the parameters.
@@ -173,28 +92,28 @@ class MAM(nn.Module):
   qk_init: str = "identity"
   input_scale: str = "sqrt_d"
   value_scale: str = "none"
+  value_fusion: str = "concatenate"
+  num_heads: int = 1
+  norm: str | None = None
+  attention_temperature: float | str = 1.0
+  source_gate: int = 0
   neighbor_dropout: float = 0.0
   dropout: float = 0.0
+  remat: bool = False
+  scan_layers: bool = False
+  folded: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
-
-  def _check_options(self) -> None:
-    check_at_least("num_layers", self.num_layers, 1)
-    check_choice("residual", self.residual, RESIDUALS)
-    check_choice("qk_init", self.qk_init, QK_INITS)
-    check_choice("input_scale", self.input_scale, SCALES)
-    check_choice("value_scale", self.value_scale, SCALES)
-    check_rate("neighbor_dropout", self.neighbor_dropout)
-    check_rate("dropout", self.dropout)
 
   @nn.compact
   def __call__(
     self,
     query: Array,
     keys: Array,
-    values: Array,
+    values: Values,
     mask: Array | None = None,
     *,
+    sources: Array | None = None,
     train: bool = False,
     return_attention: bool = False,
   ) -> Array | tuple[Array, Array]:
@@ -203,54 +122,127 @@ class MAM(nn.Module):
     Args:
       query: z, `[B, d]`.
       keys: M_NN, `[B, k, d]`.
-      values: V_NN, `[B, k, d_v]`.
+      values: V_NN, `[B, k, d_v]`, or a tuple of such, one a value encoder.
       mask: bool `[B, k]`, True where a neighbor counts; None for all. Masked
         slots must be finite.
+      sources: int `[B, k]`, the memory that each neighbor comes from; needed
+        with `source_gate`, and not used without.
       train: turns dropout on; needs `rngs={"dropout": ...}` if a rate is set.
       return_attention: also return the weights.
 
     Returns:
       f^L, `[B, d]` in float32: the query itself where all neighbors are
       masked. With `return_attention` also the weights, float32 `[B, L, k]`,
-      aligned with the neighbors.
+      aligned with the neighbors (the mean of heads and separate attentions).
     """
-    self._check_options()
-    check_inputs(query, keys, values, mask)
+    self._check_options(query.shape[-1])
+    self._check_sources(sources, check_inputs(query, keys, values, mask))
     acc = accumulator(self.dtype)
+    values = as_tuple(values)
     mask = neighbor_mask(
       self, mask, keys.shape[:2], self.neighbor_dropout, train
     )
-    # Once for all layers.
-    key_factors = scale_factors(keys, self.input_scale, acc)
-    value_factors = scale_factors(values, self.value_scale, acc)
+    # Casts and scales are made once for all layers.
+    key_scale = "sqrt_d" if self.norm == "qk" else self.input_scale
+    neighbors = Neighbors(
+      keys=jnp.asarray(keys, self.dtype),
+      key_factors=scale_factors(keys, key_scale, acc),
+      values=tuple(jnp.asarray(v, self.dtype) for v in values),
+      value_factors=tuple(
+        scale_factors(v, self.value_scale, acc) for v in values
+      ),
+      mask=mask,
+      sources=sources if self.source_gate else None,
+    )
+    refined, attention = self._run_layers(
+      jnp.asarray(query, acc), neighbors, train
+    )
+    return (refined, attention) if return_attention else refined
 
-    def make_layer(index: int) -> MAMLayer:
-      return MAMLayer(
-        qk_init=self.qk_init,
-        dropout=self.dropout,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        name=f"layer_{index}",
+  def _run_layers(
+    self, z: Array, neighbors: Neighbors, train: bool
+  ) -> tuple[Array, Array]:
+    """Eq. 6: the refined query `[B, d]` and the weights `[B, L, k]`."""
+
+    def step(layer: nn.Module, f: Array) -> tuple[Array, Array]:
+      seen = scaled(f, self.input_scale, f.dtype)
+      delta, weights = layer(seen, neighbors)
+      residual = z if self.residual == "query" else f
+      return add_where_any(residual, delta, neighbors.mask), weights
+
+    if self.remat:
+      # Inside a scan nothing can be merged across the layers anyway.
+      step = nn.remat(step, prevent_cse=not self.scan_layers)
+    if self.scan_layers:
+      shared = self.share_layers
+      loop = nn.scan(
+        step,
+        variable_axes={"intermediates": 0} | ({} if shared else {"params": 0}),
+        variable_broadcast="params" if shared else False,
+        split_rngs={"params": not shared, "dropout": True},
+        length=self.num_layers,
+        out_axes=1,
       )
-
-    z = jnp.asarray(query, acc)
-    f = z
-    attention = []
-    layer = None
+      return loop(self._layer("layer_0" if shared else "layers", train), z)
+    f, attention, layer = z, [], None
     for index in range(self.num_layers):
       if layer is None or not self.share_layers:
-        layer = make_layer(index)
-      delta, weights = layer(
-        scaled(f, self.input_scale, acc),
-        keys,
-        values,
-        mask,
-        key_factors,
-        value_factors,
-        train,
-      )
-      f = add_where_any(z if self.residual == "query" else f, delta, mask)
+        layer = self._layer(f"layer_{index}", train)
+      f, weights = step(layer, f)
       attention.append(weights)
-    if return_attention:
-      return f, jnp.stack(attention, axis=1)
-    return f
+    return f, jnp.stack(attention, axis=1)
+
+  def _layer(self, name: str, train: bool) -> nn.Module:
+    options = {
+      "qk_init": self.qk_init,
+      "num_heads": self.num_heads,
+      "norm": self.norm,
+      "attention_temperature": self.attention_temperature,
+      "source_gate": self.source_gate,
+      "dropout": self.dropout,
+      "folded": self.folded,
+      "train": train,
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+    }
+    if self.value_fusion == "separate":
+      return SeparateAttentions(options, name=name)
+    return MemoryAttention(**options, name=name)
+
+  def _check_options(self, dim: int) -> None:
+    check_at_least("num_layers", self.num_layers, 1)
+    check_choice("residual", self.residual, RESIDUALS)
+    check_choice("qk_init", self.qk_init, QK_INITS)
+    check_choice("input_scale", self.input_scale, SCALES)
+    check_choice("value_scale", self.value_scale, SCALES)
+    check_choice("value_fusion", self.value_fusion, VALUE_FUSIONS)
+    check_choice("norm", self.norm, NORMS)
+    check_at_least("source_gate", self.source_gate, 0)
+    check_rate("neighbor_dropout", self.neighbor_dropout)
+    check_rate("dropout", self.dropout)
+    check_at_least("num_heads", self.num_heads, 1)
+    if dim % self.num_heads:
+      raise ValueError(
+        f"`num_heads` is {self.num_heads}, which does not divide the query's "
+        f"width {dim}"
+      )
+    temperature = self.attention_temperature
+    if isinstance(temperature, str):
+      check_choice("attention_temperature", temperature, ["learned"])
+    elif temperature <= 0.0:
+      raise ValueError(
+        f"`attention_temperature` is {temperature}; expected a positive "
+        'number or "learned"'
+      )
+
+  def _check_sources(self, sources: Array | None, sizes: dict) -> None:
+    if not self.source_gate:
+      return
+    if sources is None:
+      raise ValueError(
+        "`sources` is missing; expected int [B, k], because `source_gate` is "
+        f"{self.source_gate}"
+      )
+    bind("sources", sources, "B k", sizes)
+    if not jnp.issubdtype(sources.dtype, jnp.integer):
+      raise ValueError(f"`sources` has type {sources.dtype}; expected int")

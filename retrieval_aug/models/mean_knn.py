@@ -9,7 +9,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from retrieval_aug.models.neighbors import (
+  Values,
   add_where_any,
+  as_tuple,
   masked_softmax,
   neighbor_mask,
   weighted_sum,
@@ -42,7 +44,7 @@ class MeanKNN(nn.Module):
     self,
     query: Array,
     keys: Array | None,
-    values: Array,
+    values: Values,
     mask: Array | None = None,
     *,
     train: bool = False,
@@ -53,7 +55,8 @@ class MeanKNN(nn.Module):
     Args:
       query: z, `[B, d]`.
       keys: `[B, k, d]`; not used, and may be None.
-      values: V_NN, `[B, k, d_v]`.
+      values: V_NN, `[B, k, d_v]`, or a tuple of such, whose means are
+        concatenated.
       mask: bool `[B, k]`, True where a neighbor counts; None for all. The
         mean is over those.
       train: turns dropout on; needs `rngs={"dropout": ...}` if a rate is set.
@@ -69,11 +72,17 @@ class MeanKNN(nn.Module):
     check_rate("dropout", self.dropout)
     check_inputs(query, keys, values, mask)
     acc = accumulator(self.dtype)
-    shape = values.shape[:2]
+    values = as_tuple(values)
+    shape = values[0].shape[:2]
     mask = neighbor_mask(self, mask, shape, self.neighbor_dropout, train)
     weights = masked_softmax(jnp.zeros(shape, acc), mask)
-    factors = scale_factors(values, self.value_scale, acc)
-    mean = weighted_sum(weights * factors, values, self.dtype)
+    means = []
+    for part in values:
+      factors = scale_factors(part, self.value_scale, acc)
+      means.append(
+        weighted_sum((weights * factors)[:, None, :], part, self.dtype)[:, 0]
+      )
+    mean = jnp.concatenate(means, axis=-1)
     mean = nn.Dropout(self.dropout)(mean, deterministic=not train)
     delta = nn.Dense(
       query.shape[-1],

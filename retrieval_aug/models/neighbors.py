@@ -1,10 +1,20 @@
 """Pieces that the fusions share: masks, masked softmax, weighted values."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
+
+# The values of one encoder, or of several side by side.
+Values = Array | Sequence[Array]
+
+
+def as_tuple(values: Values) -> tuple[Array, ...]:
+  """One array or several, as a tuple of several."""
+  return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 def neighbor_mask(
@@ -41,7 +51,7 @@ def masked_softmax(logits: Array, mask: Array) -> Array:
   """Softmax over the last axis; hidden entries, and empty rows, weigh zero.
 
   Args:
-    logits: `[..., k]`, finite, float32 or wider.
+    logits: `[..., k]`, float32 or wider, finite where shown.
     mask: bool, of the same shape.
 
   Returns:
@@ -58,18 +68,18 @@ def masked_softmax(logits: Array, mask: Array) -> Array:
 
 
 def weighted_sum(weights: Array, values: Array, dtype: DTypeLike) -> Array:
-  """`sum_j weights_j values_j` for each example.
+  """`sum_j weights_j values_j` for each example and head.
 
   Args:
-    weights: `[B, k]`.
+    weights: `[B, H, k]`.
     values: `[B, k, d_v]`.
     dtype: the type to multiply in; sums are kept in float32 or wider.
 
   Returns:
-    `[B, d_v]` of the type of `weights`.
+    `[B, H, d_v]` of the type of `weights`.
   """
   return jnp.einsum(
-    "bk,bkv->bv",
+    "bhk,bkv->bhv",
     weights.astype(dtype),
     jnp.asarray(values, dtype),
     preferred_element_type=weights.dtype,

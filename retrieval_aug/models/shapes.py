@@ -57,7 +57,7 @@ def check_inputs(query: Any, keys: Any, values: Any, mask: Any) -> Sizes:
   Args:
     query: `[B, d]`.
     keys: `[B, k, d]`, or None for a fusion that does not look at them.
-    values: `[B, k, d_v]`.
+    values: `[B, k, d_v]`, or a tuple of such, each with its own d_v.
     mask: `[B, k]` of bool, or None.
 
   Returns:
@@ -70,7 +70,10 @@ def check_inputs(query: Any, keys: Any, values: Any, mask: Any) -> Sizes:
   bind("query", query, "B d", sizes)
   if keys is not None:
     bind("keys", keys, "B k d", sizes)
-  if values is not None:
+  if isinstance(values, (tuple, list)):
+    for index, array in enumerate(values):
+      bind(f"values[{index}]", array, f"B k d_v{index}", sizes)
+  elif values is not None:
     bind("values", values, "B k d_v", sizes)
   if mask is not None:
     bind("mask", mask, "B k", sizes)

@@ -135,6 +135,8 @@ def train_batches(
 
   def batch(step):
     position = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+    # The wrapper of this op in tf.random.experimental takes one seed for all
+    # positions; a batch that spans two epochs needs one each.
     seeds = tf.stack(
       [
         tf.fill([batch_size], tf.constant(seed, tf.int64)),
@@ -143,8 +145,11 @@ def train_batches(
       ],
       axis=1,
     )
-    index = tf.random.experimental.index_shuffle(
-      position % n, seeds, tf.fill([batch_size], tf.constant(n - 1, tf.int64))
+    index = tf.raw_ops.RandomIndexShuffle(
+      index=position % n,
+      seed=seeds,
+      max_index=tf.fill([batch_size], tf.constant(n - 1, tf.int64)),
+      rounds=4,
     )
     return {name: tf.gather(x, index) for name, x in tensors.items()}
 

@@ -158,10 +158,10 @@ def test_any_other_global_is_refused_by_name(module, name):
     _read(_file({"x": _global(module, name)}, {}))
 
 
-@pytest.mark.parametrize("length", range(len(_GOOD)))
-def test_truncated_file_is_refused(length):
-  with pytest.raises(UserError, match="weights.pth"):
-    _read(_GOOD[:length])
+def test_file_truncated_anywhere_is_refused():
+  for length in range(len(_GOOD)):
+    with pytest.raises(UserError, match="weights.pth: (truncated|refused)"):
+      _read(_GOOD[:length])
 
 
 def test_damaged_file_gives_arrays_or_a_user_error():

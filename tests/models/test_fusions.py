@@ -418,7 +418,5 @@ def test_wrong_shape_names_argument_and_both_shapes(
 @every_case
 def test_mask_that_is_not_bool_is_refused(case):
   *inputs, mask = make_inputs()
-  with pytest.raises(
-    ValueError, match="`mask` has type float32; expected bool"
-  ):
+  with pytest.raises(ValueError, match="`mask` has type float32"):
     case.module().init(jax.random.key(0), *inputs, mask.astype(np.float32))
