@@ -29,7 +29,7 @@ def table_artifact(
     values[value_encoder.name] = value_encoder.fingerprint
   return manifest.Artifact(
     pathlib.Path(folder),
-    "embedding table",
+    table.KIND,
     {
       "items": items.fingerprint,
       "encoder": encoder.fingerprint,

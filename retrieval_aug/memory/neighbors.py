@@ -109,8 +109,9 @@ def find(
   Raises:
     UserError: dims differ, a vector has no direction, recall is too low.
   """
-  if k < 1:
-    raise UserError(f"config.search.k={k}: must be at least 1.")
+  for name, value in (("k", k), ("recall_sample", recall_sample)):
+    if value < 1:
+      raise UserError(f"config.search.{name}={value}: must be at least 1.")
   with files.lock(artifact.folder):
     artifact.start()
     raw_keys, raw_queries = memory.keys(), queries.keys()

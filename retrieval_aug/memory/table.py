@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from retrieval_aug.common import files, manifest
 from retrieval_aug.common.errors import UserError
 
+KIND = "embedding table"
+
 
 def shard_name(index: int) -> str:
   """The name under which shard `index` is recorded."""
@@ -43,9 +45,9 @@ def write_shard(
     UserError: NaN or infinite numbers, or a magnitude that float16 cannot
       hold; names the first such row's id.
   """
-  names = []
   arrays = {f"keys_{index:05d}.npy": keys}
   arrays |= {f"values_{n}_{index:05d}.npy": v for n, v in values.items()}
+  # All are checked before the first is written.
   for name, array in arrays.items():
     with np.errstate(over="ignore"):
       stored = np.asarray(array).astype(np.float16)
@@ -56,9 +58,11 @@ def write_shard(
         f"{metadata['id'][bad[0]]!r} is not finite in float16 ({bad.size} such "
         "rows); check that item and the encoder's weights. Nothing was written."
       )
+    arrays[name] = stored
+  for name, stored in arrays.items():
     with files.atomic_path(artifact.folder / name) as path:
       np.save(path, stored)
-    names.append(name)
+  names = list(arrays)
   name = f"metadata_{index:05d}.parquet"
   with files.atomic_path(artifact.folder / name) as path:
     pq.write_table(pa.table(metadata), path)
@@ -84,8 +88,11 @@ class Table:
     if not path.exists():
       raise UserError(f"{path}: missing; run --stages=embed first.")
     found = files.read_json(path)
-    self.inputs = found["inputs"]
-    artifact = manifest.Artifact(self.folder, found["kind"], self.inputs)
+    # It has no inputs that were asked for: whatever a table says of itself is
+    # right, and what is no table is refused by `is_complete`.
+    inputs = found.get("inputs", {}) if isinstance(found, dict) else {}
+    artifact = manifest.Artifact(self.folder, KIND, inputs)
+    self.inputs = artifact.inputs
     if not artifact.is_complete():
       raise UserError(
         f"{self.folder}: this table is not finished; run --stages=embed."

@@ -16,18 +16,32 @@ from retrieval_aug.models.mam_params import (
   unstack_layers,
 )
 from retrieval_aug.models.mean_knn import MeanKNN
+from retrieval_aug.models.rac import JoinedText
 from retrieval_aug.models.registry import build, names, options
+from retrieval_aug.models.retformer import RetFormer
+from retrieval_aug.models.voting import (
+  plurality_vote,
+  rank_vote,
+  similarity_vote,
+  zero_shot,
+)
 
 __all__ = [
   "MAM",
   "MLP",
   "Classifier",
+  "JoinedText",
   "Linear",
   "MeanKNN",
+  "RetFormer",
   "build",
   "fold_for_inference",
   "names",
   "options",
+  "plurality_vote",
+  "rank_vote",
+  "similarity_vote",
   "stack_layers",
   "unstack_layers",
+  "zero_shot",
 ]

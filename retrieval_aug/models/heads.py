@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from retrieval_aug.models.scaling import accumulator
+from retrieval_aug.models.scaling import accumulator, scaled
 from retrieval_aug.models.shapes import bind, check_choice, check_rate
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu}
@@ -16,12 +16,15 @@ class Linear(nn.Module):
 
   Attributes:
     num_classes: C.
+    cosine: the logits are the cosines of the embedding and the columns of the
+      kernel, without bias, as LDAM wants them.
     dtype: type of the factors of the product; the sums, the bias and the
       logits are float32 (or wider) whatever it is.
     param_dtype: type of the parameters.
   """
 
   num_classes: int
+  cosine: bool = False
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -37,14 +40,21 @@ class Linear(nn.Module):
       (x.shape[-1], self.num_classes),
       self.param_dtype,
     )
-    bias = self.param(
-      "bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype
-    )
+    if self.cosine:
+      dim = x.shape[-1]
+      x = scaled(x, "sqrt_d", acc)
+      # Each side has the norm sqrt(d).
+      kernel = scaled(kernel.T, "sqrt_d", acc).T / dim
     logits = jnp.einsum(
       "bd,dc->bc",
       x.astype(self.dtype),
       kernel.astype(self.dtype),
       preferred_element_type=acc,
+    )
+    if self.cosine:
+      return logits
+    bias = self.param(
+      "bias", nn.initializers.zeros, (self.num_classes,), self.param_dtype
     )
     return logits + bias.astype(acc)[None, :]
 
@@ -72,12 +82,15 @@ class MLP(nn.Module):
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
+  def __post_init__(self):
+    check_choice("activation", self.activation, ACTIVATIONS)
+    check_rate("dropout", self.dropout)
+    super().__post_init__()
+
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     """Maps embeddings `[B, d]` to logits `[B, C]`."""
     bind("x", x, "B d", {})
-    check_choice("activation", self.activation, ACTIVATIONS)
-    check_rate("dropout", self.dropout)
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     width = self.hidden_dim or 4 * x.shape[-1]
     x = nn.Dense(width, name="hidden", **types)(x)

@@ -34,6 +34,7 @@ from retrieval_aug.models.shapes import (
   bind,
   check_at_least,
   check_choice,
+  check_divides,
   check_inputs,
   check_rate,
 )
@@ -105,6 +106,10 @@ class MAM(nn.Module):
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
+  def __post_init__(self):
+    self._check_options()
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self,
@@ -135,8 +140,8 @@ class MAM(nn.Module):
       masked. With `return_attention` also the weights, float32 `[B, L, k]`,
       aligned with the neighbors (the mean of heads and separate attentions).
     """
-    self._check_options(query.shape[-1])
     self._check_sources(sources, check_inputs(query, keys, values, mask))
+    check_divides("num_heads", self.num_heads, query.shape[-1])
     acc = accumulator(self.dtype)
     values = as_tuple(values)
     mask = neighbor_mask(
@@ -209,7 +214,7 @@ class MAM(nn.Module):
       return SeparateAttentions(options, name=name)
     return MemoryAttention(**options, name=name)
 
-  def _check_options(self, dim: int) -> None:
+  def _check_options(self) -> None:
     check_at_least("num_layers", self.num_layers, 1)
     check_choice("residual", self.residual, RESIDUALS)
     check_choice("qk_init", self.qk_init, QK_INITS)
@@ -221,11 +226,6 @@ class MAM(nn.Module):
     check_rate("neighbor_dropout", self.neighbor_dropout)
     check_rate("dropout", self.dropout)
     check_at_least("num_heads", self.num_heads, 1)
-    if dim % self.num_heads:
-      raise ValueError(
-        f"`num_heads` is {self.num_heads}, which does not divide the query's "
-        f"width {dim}"
-      )
     temperature = self.attention_temperature
     if isinstance(temperature, str):
       check_choice("attention_temperature", temperature, ["learned"])

@@ -39,6 +39,12 @@ class MeanKNN(nn.Module):
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
+  def __post_init__(self):
+    check_choice("value_scale", self.value_scale, SCALES)
+    check_rate("neighbor_dropout", self.neighbor_dropout)
+    check_rate("dropout", self.dropout)
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self,
@@ -67,9 +73,6 @@ class MeanKNN(nn.Module):
       neighbors are masked. With `return_attention` also the (equal) weights,
       float32 `[B, 1, k]`.
     """
-    check_choice("value_scale", self.value_scale, SCALES)
-    check_rate("neighbor_dropout", self.neighbor_dropout)
-    check_rate("dropout", self.dropout)
     check_inputs(query, keys, values, mask)
     acc = accumulator(self.dtype)
     values = as_tuple(values)

@@ -10,6 +10,8 @@ from retrieval_aug.models.classifier import Classifier
 from retrieval_aug.models.heads import MLP, Linear
 from retrieval_aug.models.mam import MAM
 from retrieval_aug.models.mean_knn import MeanKNN
+from retrieval_aug.models.rac import JoinedText
+from retrieval_aug.models.retformer import RetFormer
 from retrieval_aug.models.shapes import check_choice
 
 
@@ -17,27 +19,40 @@ from retrieval_aug.models.shapes import check_choice
 class _Entry:
   fusion: type[nn.Module] | None
   head: type[nn.Module]
+  # A second head, on the query. Its options are called branch_*.
+  branch: type[nn.Module] | None = None
   # What this name sets that its modules do not; a caller's option wins.
-  preset: dict[str, Any]
+  preset: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _MODELS = {
-  "linear": _Entry(None, Linear, {}),
-  "mlp": _Entry(None, MLP, {}),
-  "mean_knn": _Entry(MeanKNN, Linear, {}),
-  "mam": _Entry(MAM, Linear, {}),
+  "linear": _Entry(None, Linear),
+  "mlp": _Entry(None, MLP),
+  "mean_knn": _Entry(MeanKNN, Linear),
+  "mam": _Entry(MAM, Linear),
   # Eq. 6 to the letter: psi and chi carry no layer index, the residual is z.
   "mam_paper": _Entry(
     MAM,
     Linear,
-    {"num_layers": 8, "share_layers": True, "qk_init": "lecun_normal"},
+    preset={
+      "num_layers": 8,
+      "residual": "query",
+      "share_layers": True,
+      "qk_init": "lecun_normal",
+    },
   ),
+  "retformer": _Entry(RetFormer, Linear, MLP),
+  # The logits of both branches are summed, not averaged: tau / 2 = 1.
+  "rac": _Entry(JoinedText, Linear, Linear, preset={"tau": 2.0}),
 }
 
 # The same for all models, so that comparisons are fair. Unit-norm values have
 # entries of 1 / sqrt(d_v): next to a query of norm sqrt(d) chi would have to
 # grow them 20-fold against the weight decay before they had a say.
 _COMMON = {"input_scale": "sqrt_d", "value_scale": "sqrt_d"}
+
+
+_TYPES = ("dtype", "param_dtype")
 
 
 def names() -> tuple[str, ...]:
@@ -56,7 +71,10 @@ def options(name: str) -> dict[str, Any]:
   """
   check_choice("model", name, _MODELS)
   entry = _MODELS[name]
-  found = {"dtype": jnp.float32, "param_dtype": jnp.float32, **_COMMON}
+  found = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+  if entry.branch is not None:
+    found["tau"] = 1.0
+    found.update(_branch_fields(entry.branch))
   for module in (entry.head, entry.fusion):
     if module is not None:
       found.update(_fields(module))
@@ -69,7 +87,8 @@ def build(name: str, num_classes: int, **given: Any) -> Classifier:
   """Makes a classifier.
 
   Args:
-    name: "linear", "mlp", "mean_knn", "mam" or "mam_paper".
+    name: "linear", "mlp", "mean_knn", "mam", "mam_paper" (eq. 6 to the
+      letter), "retformer" or "rac".
     num_classes: C.
     **given: attributes of the model's modules, such as `num_layers`. All
       models take `input_scale`, `value_scale`, `dtype` and `param_dtype`.
@@ -85,19 +104,41 @@ def build(name: str, num_classes: int, **given: Any) -> Classifier:
   for option in given:
     check_choice(f"option of model {name!r}", option, known)
   chosen = {**known, **given}
-  for kind in ("dtype", "param_dtype"):
+  for kind in _TYPES:
     chosen[kind] = jnp.dtype(chosen[kind])
   entry = _MODELS[name]
-
-  def make(module: type[nn.Module], **extra: Any) -> nn.Module:
-    wanted = {key: chosen[key] for key in _fields(module)}
-    return module(**wanted, **extra)
-
+  optional = {}
+  if entry.fusion is not None:
+    optional["fusion"] = entry.fusion(
+      **{option: chosen[option] for option in _fields(entry.fusion)}
+    )
+  if entry.branch is not None:
+    optional["tau"] = chosen["tau"]
+    optional["branch"] = entry.branch(
+      num_classes=num_classes,
+      **{
+        option.removeprefix("branch_"): chosen[option]
+        for option in _branch_fields(entry.branch)
+      },
+      **{kind: chosen[kind] for kind in _TYPES},
+    )
   return Classifier(
-    head=make(entry.head, num_classes=num_classes),
-    fusion=None if entry.fusion is None else make(entry.fusion),
+    head=entry.head(
+      num_classes=num_classes,
+      **{option: chosen[option] for option in _fields(entry.head)},
+    ),
     input_scale=chosen["input_scale"],
+    **optional,
   )
+
+
+def _branch_fields(module: type[nn.Module]) -> dict[str, Any]:
+  """The options of a second head, under names of their own."""
+  return {
+    f"branch_{option}": default
+    for option, default in _fields(module).items()
+    if option not in _TYPES
+  }
 
 
 def _fields(module: type[nn.Module]) -> dict[str, Any]:

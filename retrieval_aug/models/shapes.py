@@ -109,3 +109,12 @@ def check_rate(name: str, value: float) -> None:
   """Raises a ValueError unless `value` is a dropout rate, in [0, 1)."""
   if not 0.0 <= value < 1.0:
     raise ValueError(f"`{name}` is {value}; expected a rate in [0, 1)")
+
+
+def check_divides(name: str, value: int, width: int) -> None:
+  """Raises a ValueError unless `value` splits the query's width evenly."""
+  check_at_least(name, value, 1)
+  if width % value:
+    raise ValueError(
+      f"`{name}` is {value}, which does not divide the query's width {width}"
+    )

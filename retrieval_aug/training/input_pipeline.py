@@ -80,6 +80,10 @@ def read(
   except tf.errors.OpError as error:
     reason = error.message.splitlines()[0][:160]
     raise UserError(f"{files}: cannot be read ({reason}); {remedy}.") from error
+  if not parts:
+    raise UserError(
+      f"{files}: no examples where there should be {len(ids)}; {remedy}."
+    )
   joined = {n: np.concatenate([p[n] for p in parts]) for n in spec}
   found = [x.decode() for x in joined["example_id"]]
   if found != ids:

@@ -58,6 +58,8 @@ GOLDEN = {
     | HEAD,
   ),
 }
+# Their own files have the golden trees and equations of these.
+ELSEWHERE = {"retformer", "rac"}
 every_model = pytest.mark.parametrize("name", GOLDEN)
 
 
@@ -87,7 +89,7 @@ def make(name, **more):
 
 
 def test_golden_trees_cover_every_model():
-  assert set(GOLDEN) == set(models.names())
+  assert set(GOLDEN) | ELSEWHERE == set(models.names())
 
 
 @every_model
@@ -159,6 +161,19 @@ def test_models_without_fusion_ignore_the_neighbors(name):
   np.testing.assert_array_equal(with_neighbors, without)
 
 
+def test_cosine_head_gives_cosines_without_a_bias():
+  x = make_inputs()[0]
+  head = models.Linear(C, cosine=True)
+  params = head.init(jax.random.key(0), x)["params"]
+  assert shapes(params) == {"kernel": (D, C)}
+  kernel = np.asarray(params["kernel"], np.float64)
+  expected = x @ kernel / np.linalg.norm(kernel, axis=0)
+  expected /= np.linalg.norm(x, axis=-1)[:, None]
+  np.testing.assert_allclose(
+    head.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-6
+  )
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_mlp_activation_is_used(activation):
   head = models.MLP(C, hidden_dim=H, activation=activation)
@@ -180,6 +195,47 @@ def test_mlp_default_width_is_four_times_the_query():
   assert params["hidden"]["kernel"].shape == (D, 4 * D)
 
 
+@every_model
+def test_mix_mixes_what_the_head_sees(name):
+  # All heads but the MLP are affine, so that mixing before is mixing after.
+  inputs = make_inputs(3)
+  model, params = make(name)
+  partner = np.array([2, 0, 1])
+  share = np.array([0.7, 0.1, 1.0], np.float32)
+  got = model.apply({"params": params}, *inputs, mix=(partner, share))
+  if name == "mlp":
+    z = np.stack([reference.scale(x, "sqrt_d") for x in inputs[0]])
+    z = share[:, None] * z + (1 - share[:, None]) * z[partner]
+    expected = reference.mlp(reference.to_numpy(params["head"]), z)
+  else:
+    plain = np.asarray(model.apply({"params": params}, *inputs))
+    expected = share[:, None] * plain + (1 - share[:, None]) * plain[partner]
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mix_mixes_the_read_out_and_the_branch_of_retformer():
+  inputs = make_inputs(3)
+  model = models.build("retformer", C, num_layers=1)
+  params = model.init(jax.random.key(0), *inputs)["params"]
+  partner, share = np.array([2, 0, 1]), np.array([0.7, 0.1, 1.0], np.float32)
+  got = model.apply({"params": params}, *inputs, mix=(partner, share))
+  read_out = models.RetFormer(1).apply({"params": params["fusion"]}, *inputs)
+  z = np.stack([reference.scale(x, "sqrt_d") for x in inputs[0]])
+  mix = lambda x: share[:, None] * x + (1 - share[:, None]) * x[partner]
+  exact = reference.to_numpy(params)
+  expected = reference.mlp(exact["branch"], mix(z)) + reference.linear(
+    exact["head"], mix(np.asarray(read_out, np.float64))
+  )
+  np.testing.assert_allclose(got, expected / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_a_branch_have_names_of_their_own():
+  inputs = make_inputs()
+  model = models.build("retformer", C, num_layers=1, branch_hidden_dim=H)
+  params = model.init(jax.random.key(0), *inputs)["params"]
+  assert params["branch"]["hidden"]["bias"].shape == (H,)
+
+
 def test_unknown_model_names_the_nearest():
   with pytest.raises(ValueError, match="unknown model 'mean_kn'; did you mean"):
     models.build("mean_kn", C)
@@ -190,6 +246,12 @@ def test_unknown_option_names_the_nearest():
     ValueError, match="option of model 'mam' 'num_layer'; did you mean 'num_l"
   ):
     models.build("mam", C, num_layer=2)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_wrong_value_of_an_option_is_refused_when_building(name):
+  with pytest.raises(ValueError, match="unknown input_scale 'l2'; known: sqrt"):
+    models.build(name, C, input_scale="l2")
 
 
 def test_option_of_another_model_is_unknown():

@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from retrieval_aug.models import MAM, Classifier, Linear
+from retrieval_aug.models import (
+  MAM,
+  Classifier,
+  Linear,
+  build,
+  fold_for_inference,
+  stack_layers,
+  unstack_layers,
+)
+from tests.models import reference
 from tests.models.plain import PlainClassifier
 
 B, K, D, DV = 3, 7, 5, 11
@@ -122,6 +131,14 @@ def test_input_scale_ignores_the_length_of_query_and_keys_in_attention():
     ({"qk_init": "eye"}, "unknown qk_init 'eye'.*identity, lecun_normal"),
     ({"input_scale": "sqrt"}, "unknown input_scale 'sqrt'; did you mean"),
     ({"value_scale": "l2"}, "unknown value_scale 'l2'"),
+    (
+      {"value_fusion": "separated"},
+      "unknown value_fusion 'separated'; did you mean",
+    ),
+    ({"norm": "layer"}, "unknown norm 'layer'; known: None, qk"),
+    ({"num_heads": 2}, "`num_heads` is 2, which does not divide .* 5"),
+    ({"attention_temperature": 0.0}, "`attention_temperature` is 0.0"),
+    ({"attention_temperature": "learn"}, "did you mean 'learned'"),
     ({"num_layers": 0}, "`num_layers` is 0; expected at least 1"),
     ({"neighbor_dropout": 1.0}, "`neighbor_dropout` is 1.0; expected a rate"),
     ({"dropout": -0.1}, r"`dropout` is -0.1; expected a rate in \[0, 1\)"),
@@ -130,6 +147,211 @@ def test_input_scale_ignores_the_length_of_query_and_keys_in_attention():
 def test_wrong_option_is_named(options, message):
   with pytest.raises(ValueError, match=message):
     MAM(**options).init(jax.random.key(0), *make_inputs())
+
+
+# Several value encoders, memory sources, folding, stacking.
+
+
+def noisy(params, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), params
+  )
+
+
+@pytest.mark.parametrize("value_fusion", ["concatenate", "separate"])
+@pytest.mark.parametrize("num_heads", [1, 5])
+def test_several_value_encoders_equal_equations(value_fusion, num_heads):
+  query, keys, values = make_inputs()
+  visual = make_inputs(1, dv=2)[2]
+  mask = np.random.default_rng(2).random((B, K)) < 0.6
+  options = {
+    "num_layers": 2,
+    "num_heads": num_heads,
+    "value_fusion": value_fusion,
+    "value_scale": "sqrt_d",
+  }
+  module = MAM(**options)
+  inputs = (query, keys, (values, visual), mask)
+  params = noisy(module.init(jax.random.key(0), *inputs)["params"])
+  got, attention = module.apply(
+    {"params": params}, *inputs, return_attention=True
+  )
+  exact = [np.asarray(x, np.float64) for x in (query, keys, values, visual)]
+  expected, weights = reference.mam(
+    reference.to_numpy(params), *exact[:2], exact[2:], mask, **options
+  )
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(attention, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_separate_attentions_have_parameters_of_their_own():
+  query, keys, values = make_inputs()
+  inputs = (query, keys, (values, values[..., :2]))
+  module = MAM(num_layers=1, value_fusion="separate")
+  params = module.init(jax.random.key(0), *inputs)["params"]
+  assert shapes(params) == {
+    f"layer_0/value_{i}/{name}": shape
+    for i, width in enumerate((DV, 2))
+    for name, shape in {**LAYER, "output/kernel": (width, D)}.items()
+  }
+
+
+def test_wrong_shape_of_one_of_several_values_is_named():
+  query, keys, values = make_inputs()
+  with pytest.raises(ValueError, match=r"`values\[1\]` has shape \(3, 6, 11\)"):
+    MAM().init(jax.random.key(0), query, keys, (values, values[:, :6]))
+
+
+def test_source_gate_multiplies_the_weights_of_a_source():
+  inputs = make_inputs()
+  sources = np.array([[0, 1, 2, 2, 0, 1, 0]] * B, np.int32)
+  module = MAM(num_layers=1, source_gate=3)
+  params = module.init(jax.random.key(0), *inputs, sources=sources)["params"]
+  run = lambda params: module.apply(
+    {"params": params}, *inputs, sources=sources, return_attention=True
+  )[1][:, 0]
+  start = run(params)
+  plain = MAM(num_layers=1).apply(
+    {"params": params}, *inputs, return_attention=True
+  )[1][:, 0]
+  np.testing.assert_allclose(start, plain, rtol=1e-6)
+  gates = np.array([2.0, 0.5, 1.0], np.float32)
+  params["layer_0"]["source_gate"] = jnp.log(gates)
+  expected = start * gates[sources]
+  np.testing.assert_allclose(
+    run(params), expected / expected.sum(-1, keepdims=True), rtol=1e-5
+  )
+
+
+def test_source_gate_equals_equations():
+  inputs = make_inputs()
+  sources = np.array([[0, 1, 2, 2, 0, 1, 0]] * B, np.int32)
+  module = MAM(num_layers=3, source_gate=3)
+  params = module.init(jax.random.key(0), *inputs, sources=sources)["params"]
+  params = noisy(params)
+  got = module.apply({"params": params}, *inputs, sources=sources)
+  expected, _ = reference.mam(
+    reference.to_numpy(params),
+    *(np.asarray(x, np.float64) for x in inputs),
+    np.ones((B, K), bool),
+    sources=sources,
+    num_layers=3,
+  )
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_source_outside_the_gate_gives_nan_rather_than_anothers_weight():
+  inputs = make_inputs()
+  module = MAM(num_layers=1, source_gate=2)
+  sources = np.zeros((B, K), np.int32)
+  params = module.init(jax.random.key(0), *inputs, sources=sources)["params"]
+  sources[1, 3] = 2
+  got = np.asarray(module.apply({"params": params}, *inputs, sources=sources))
+  assert np.isnan(got).any(axis=-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+  ("sources", "message"),
+  [
+    (None, "`sources` is missing"),
+    (np.zeros((B, K - 1), np.int32), r"`sources` has shape \(3, 6\)"),
+    (np.zeros((B, K), np.float32), "`sources` has type float32; expected int"),
+  ],
+)
+def test_wrong_sources_are_named(sources, message):
+  with pytest.raises(ValueError, match=message):
+    MAM(source_gate=2).init(jax.random.key(0), *make_inputs(), sources=sources)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"num_heads": 5},
+    {"share_layers": True},
+    {"scan_layers": True},
+    {"value_fusion": "separate"},
+    {"norm": "qk", "attention_temperature": "learned"},
+  ],
+)
+def test_folding_changes_parameters_but_not_outputs(options):
+  inputs = make_inputs()
+  module = MAM(num_layers=3, **options)
+  params = noisy(module.init(jax.random.key(0), *inputs)["params"])
+  folded = fold_for_inference(params, module.num_heads)
+  light = module.clone(folded=True)
+  wanted = light.init(jax.random.key(0), *inputs)["params"]
+  assert shapes(folded) == shapes(wanted)
+  for got, want in zip(
+    light.apply({"params": folded}, *inputs, return_attention=True),
+    module.apply({"params": params}, *inputs, return_attention=True),
+    strict=True,
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_folding_halves_the_parameters_of_the_attention():
+  params = MAM(num_layers=1).init(jax.random.key(0), *make_inputs())["params"]
+  assert shapes(fold_for_inference(params)) == {
+    "layer_0/folded/kernel": (D, D),
+    "layer_0/folded/bias": (D,),
+    "layer_0/output/kernel": (DV, D),
+    "layer_0/output/bias": (D,),
+  }
+
+
+def test_folding_reaches_into_a_classifier_and_leaves_the_rest():
+  inputs = make_inputs()
+  model = build("mam", 13, num_layers=2)
+  params = noisy(model.init(jax.random.key(0), *inputs)["params"])
+  light = build("mam", 13, num_layers=2, folded=True)
+  np.testing.assert_allclose(
+    light.apply({"params": fold_for_inference(params)}, *inputs),
+    model.apply({"params": params}, *inputs),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def test_stacked_layers_equal_a_loop_and_convert_back():
+  inputs = make_inputs()
+  # Eleven, because layer_10 sorts before layer_2 as text.
+  loop = MAM(num_layers=11, qk_init="lecun_normal")
+  params = noisy(loop.init(jax.random.key(0), *inputs)["params"])
+  scan = loop.clone(scan_layers=True)
+  stacked = stack_layers(params)
+  wanted = scan.init(jax.random.key(0), *inputs)["params"]
+  assert shapes(stacked) == shapes(wanted)
+  np.testing.assert_allclose(
+    scan.apply({"params": stacked}, *inputs),
+    loop.apply({"params": params}, *inputs),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
+
+
+def test_scanned_layers_start_differently():
+  module = MAM(num_layers=2, qk_init="lecun_normal", scan_layers=True)
+  params = module.init(jax.random.key(0), *make_inputs())["params"]
+  first, second = params["layers"]["query"]["kernel"]
+  assert np.any(np.asarray(first) != np.asarray(second))
+
+
+def test_weights_of_single_heads_are_sown():
+  inputs = make_inputs()
+  module = MAM(num_layers=2, num_heads=5)
+  params = noisy(module.init(jax.random.key(0), *inputs)["params"])
+  (_, mean), state = module.apply(
+    {"params": params},
+    *inputs,
+    return_attention=True,
+    mutable=["intermediates"],
+  )
+  (heads,) = state["intermediates"]["layer_1"]["head_weights"]
+  assert heads.shape == (B, 5, K)
+  np.testing.assert_allclose(heads.mean(1), mean[:, 1], rtol=1e-6)
 
 
 # The projection that is not computed (DESIGN decision 6).
@@ -159,13 +381,13 @@ def test_reassociated_projection_equals_plain_and_so_does_its_gradient():
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean(), logits
 
-  (_, got), got_grad = jax.value_and_grad(
-    lambda p: loss(ours, p), has_aux=True
+  (_, got), got_grad = jax.jit(
+    jax.value_and_grad(lambda p: loss(ours, p), has_aux=True)
   )(params)
   # The oracle is plain Flax code, which strict promotion does not suit.
   with jax.numpy_rank_promotion("allow"):
-    (_, want), want_grad = jax.value_and_grad(
-      lambda p: loss(plain, p), has_aux=True
+    (_, want), want_grad = jax.jit(
+      jax.value_and_grad(lambda p: loss(plain, p), has_aux=True)
     )(params)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   jax.tree.map(

@@ -1,0 +1,37 @@
+"""configs/emoji.py made small enough for tests: 32 pixels, a few epochs.
+
+The data, the encoders and every stage are those of the real experiment.
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+_EMOJI = pathlib.Path(__file__).parents[2] / "configs" / "emoji.py"
+
+
+def get_config() -> ml_collections.ConfigDict:
+  spec = importlib.util.spec_from_file_location("emoji_config", _EMOJI)
+  emoji = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(emoji)
+  c = emoji.get_config()
+  c.dataset.size = 32
+  c.dataset.memory_skin_tones = False
+  c.encoder = ml_collections.ConfigDict(
+    {"name": "efficientnet_lite0", "size": 32}
+  )
+  c.value_encoder = ml_collections.ConfigDict(
+    {"name": "minilm_l6", "max_length": 8}
+  )
+  c.search.k = 23
+  c.search.key_dims = 31
+  c.search.recall_sample = 50
+  c.train.k = 11
+  c.train.seeds = 2
+  c.train.epochs = 4.0
+  c.train.checkpoint_epochs = 1.0
+  c.model.name = "mean_knn,mam"
+  c.report.queries = 2
+  c.report.neighbors = 3
+  return c

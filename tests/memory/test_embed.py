@@ -1,0 +1,275 @@
+"""The embed stage on a tiny source and a tiny real encoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.datasets.types import Downstream, MemorySource
+from retrieval_aug.encoders import Encoder
+from retrieval_aug.memory import embed, table
+
+N, SIZE, D, DV, SHARD_ROWS = 23, 3, 5, 7, 11
+OPTIONS = {"batch_size": 4, "shard_rows": SHARD_ROWS, "threads": 2}
+
+
+def _pixels(index):
+  rng = np.random.default_rng(index)
+  return rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+
+
+class Images:
+  """Images that count how often each was loaded, and can be broken."""
+
+  def __init__(self):
+    self.loads = [0] * N
+    self.broken = {}
+
+  def __call__(self, index):
+    self.loads[index] += 1
+    if index in self.broken:
+      raise self.broken[index]
+    return _pixels(index)
+
+
+@pytest.fixture
+def images():
+  return Images()
+
+
+@pytest.fixture
+def memory(images):
+  return MemorySource(
+    name="tiny memory",
+    ids=[f"item/{i}" for i in range(N)],
+    image=images,
+    fingerprint={"dataset": "tiny"},
+    # Some texts are said twice, so that embedding each once can be seen.
+    texts=["x" * (i % 6 + 1) for i in range(N)],
+    columns={"license": ["MIT"] * N},
+  )
+
+
+def _project(params, batch):
+  x = batch.astype(jnp.float32).reshape(len(batch), -1) / 255
+  return jnp.tanh(x @ params)
+
+
+def _count_letters(params, batch):
+  return batch["lengths"][:, None].astype(jnp.float32) * params
+
+
+@pytest.fixture
+def encoder():
+  return Encoder(
+    name="tiny",
+    modality="image",
+    dim=D,
+    params=jax.random.normal(jax.random.key(0), (SIZE * SIZE * 3, D)),
+    prepare=np.stack,
+    apply=_project,
+    fingerprint={"name": "tiny", "weights_sha256": "00"},
+  )
+
+
+@pytest.fixture
+def text_encoder():
+  return Encoder(
+    name="letters",
+    modality="text",
+    dim=DV,
+    params=jnp.arange(1, DV + 1, dtype=jnp.float32)[None],
+    prepare=lambda texts: {"lengths": np.array([len(t) for t in texts])},
+    apply=_count_letters,
+    fingerprint={"name": "letters"},
+  )
+
+
+def _embed(folder, items, encoder, value_encoder, **changes):
+  options = OPTIONS | changes
+  artifact = embed.table_artifact(
+    folder, items, encoder, value_encoder, options["shard_rows"]
+  )
+  embed.embed(artifact, items, encoder, value_encoder, **options)
+  return table.Table(folder)
+
+
+def test_a_table_holds_each_items_embedding_text_and_facts(
+  tmp_path, memory, encoder, text_encoder
+):
+  found = _embed(tmp_path, memory, encoder, text_encoder)
+  pixels = np.stack([_pixels(i) for i in range(N)])
+  keys = np.asarray(encoder.apply(encoder.params, pixels))
+  np.testing.assert_allclose(found.keys(), keys, atol=1e-3)
+  values = np.outer([i % 6 + 1 for i in range(N)], np.arange(1, DV + 1))
+  np.testing.assert_array_equal(found.values("letters"), values)
+  assert found.column("id") == memory.ids
+  assert found.column("text") == memory.texts
+  assert found.column("license") == ["MIT"] * N
+  assert (found.rows, found.dims) == (N, D)
+
+
+def test_a_query_table_holds_labels_and_splits_and_no_values(
+  tmp_path, images, encoder
+):
+  items = Downstream(
+    name="tiny",
+    ids=[f"query/{i}" for i in range(N)],
+    image=images,
+    fingerprint={"dataset": "tiny"},
+    labels=np.arange(N) % 3,
+    splits=["train", "val", "test"] * 7 + ["train"] * 2,
+    class_names=["a", "b", "c"],
+  )
+  found = _embed(tmp_path, items, encoder, None)
+  assert found.column("label") == [i % 3 for i in range(N)]
+  assert found.column("split") == items.splits
+  assert found.value_names == []
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 13}])
+def test_batches_and_their_padding_change_no_row(
+  tmp_path, memory, encoder, changes
+):
+  first = _embed(tmp_path / "a", memory, encoder, None).keys()
+  second = _embed(tmp_path / "b", memory, encoder, None, **changes).keys()
+  # Another shape of matrix product may round another way: one float16 step.
+  np.testing.assert_allclose(first, second, atol=2**-11)
+
+
+def test_shards_and_threads_change_no_bit(tmp_path, memory, encoder):
+  first = _embed(tmp_path / "a", memory, encoder, None).keys()
+  changes = {"shard_rows": 8, "threads": 1}
+  second = _embed(tmp_path / "b", memory, encoder, None, **changes).keys()
+  np.testing.assert_array_equal(first, second)
+
+
+def test_the_last_batch_compiles_nothing_new(tmp_path, memory, encoder):
+  traces = []
+
+  def apply(params, batch):
+    traces.append(batch.shape)
+    return _project(params, batch)
+
+  counting = dataclasses.replace(encoder, apply=apply)
+  _embed(tmp_path, memory, counting, None)
+  assert traces == [(4, SIZE, SIZE, 3)]
+
+
+def test_a_distinct_text_is_embedded_once(text_encoder):
+  seen = []
+
+  def prepare(texts):
+    seen.extend(t for t in texts if t)
+    return text_encoder.prepare(texts)
+
+  counting = dataclasses.replace(text_encoder, prepare=prepare)
+  out = embed.embed_texts(counting, ["bb", "a", "bb", "ccc", "a"], batch_size=2)
+  assert sorted(seen) == ["a", "bb", "ccc"]
+  np.testing.assert_array_equal(out[:, 0], [2, 1, 2, 3, 1])
+
+
+def test_going_on_after_a_fault_redoes_no_finished_shard(
+  tmp_path, memory, images, encoder, text_encoder
+):
+  images.broken[SHARD_ROWS + 3] = OSError("no such disk")
+  with pytest.raises(UserError):
+    _embed(tmp_path / "a", memory, encoder, text_encoder)
+  assert images.loads[:SHARD_ROWS] == [1] * SHARD_ROWS
+  images.broken.clear()
+  images.loads = [0] * N
+  found = _embed(tmp_path / "a", memory, encoder, text_encoder)
+  assert images.loads == [0] * SHARD_ROWS + [1] * (N - SHARD_ROWS)
+  whole = _embed(tmp_path / "b", memory, encoder, text_encoder)
+  np.testing.assert_array_equal(found.keys(), whole.keys())
+  assert (tmp_path / "a" / "manifest.json").read_bytes() == (
+    tmp_path / "b" / "manifest.json"
+  ).read_bytes()
+
+
+def test_a_finished_table_is_complete_for_the_same_inputs_only(
+  tmp_path, memory, encoder
+):
+  _embed(tmp_path, memory, encoder, None)
+  assert embed.table_artifact(
+    tmp_path, memory, encoder, None, SHARD_ROWS
+  ).is_complete()
+  other = dataclasses.replace(
+    encoder, fingerprint={"name": "tiny", "weights_sha256": "ff"}
+  )
+  with pytest.raises(UserError, match="encoder.weights_sha256: 00 -> ff"):
+    embed.table_artifact(
+      tmp_path, memory, other, None, SHARD_ROWS
+    ).is_complete()
+
+
+def test_a_damaged_finished_shard_is_refused_when_going_on(
+  tmp_path, memory, images, encoder, flip_bit
+):
+  images.broken[N - 1] = OSError("no such disk")
+  with pytest.raises(UserError):
+    _embed(tmp_path, memory, encoder, None)
+  images.broken.clear()
+  flip_bit(tmp_path / "keys_00000.npy")
+  before = (tmp_path / "keys_00000.npy").read_bytes()
+  with pytest.raises(UserError, match="keys_00000.npy: its bytes are not"):
+    _embed(tmp_path, memory, encoder, None)
+  assert (tmp_path / "keys_00000.npy").read_bytes() == before
+
+
+def test_an_unreadable_image_names_its_item_and_what_to_do(
+  tmp_path, memory, images, encoder
+):
+  images.broken[17] = OSError("image file is truncated")
+  with pytest.raises(UserError) as caught:
+    _embed(tmp_path, memory, encoder, None)
+  assert str(caught.value) == (
+    "tiny memory: the image of item 'item/17' cannot be read (OSError: image "
+    "file is truncated); mend or remove it."
+  )
+
+
+def test_a_sources_own_error_is_kept(tmp_path, memory, images, encoder):
+  images.broken[2] = UserError("a.svg: install another renderer.")
+  with pytest.raises(UserError, match="^a.svg: install another renderer.$"):
+    _embed(tmp_path, memory, encoder, None)
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_nan_embedding_is_refused_and_nothing_of_its_shard_written(
+  tmp_path, memory, encoder, text_encoder, which
+):
+  """Row 13, in the second shard; the values of its text are those of row 1."""
+
+  def nan_keys(params, batch):
+    x = _project(params, batch)
+    bad = (batch == _pixels(13)[None]).all(axis=(1, 2, 3))
+    return jnp.where(bad[:, None], jnp.nan, x)
+
+  def nan_values(params, batch):
+    x = _count_letters(params, batch)
+    return jnp.where(batch["lengths"][:, None] == 13, jnp.nan, x)
+
+  if which == "keys":
+    encoder = dataclasses.replace(encoder, apply=nan_keys)
+  else:
+    memory.texts[13] = "x" * 13
+    text_encoder = dataclasses.replace(text_encoder, apply=nan_values)
+  with pytest.raises(UserError) as caught:
+    _embed(tmp_path, memory, encoder, text_encoder)
+  message = str(caught.value)
+  assert "item 'item/13' is not finite" in message and "\n" not in message
+  assert str(tmp_path / which) in message
+  assert [p.name for p in tmp_path.glob("*_00001.*")] == []
+  assert (tmp_path / "keys_00000.npy").exists()
+  with pytest.raises(UserError, match="this table is not finished"):
+    table.Table(tmp_path)
+
+
+def test_estimate_counts_two_bytes_a_number(memory):
+  assert embed.estimate(memory, 100_000, 200_000) == (
+    "embed tiny memory: 23 items, about 14 MB on disk"
+  )

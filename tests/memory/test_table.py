@@ -1,0 +1,199 @@
+"""Embedding tables: what was written is what is read, or an error."""
+
+import json
+
+import numpy as np
+import pytest
+
+from retrieval_aug.common import manifest
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.memory import table
+
+ROWS, D, DV = (5, 3), 7, 11
+
+
+def _artifact(folder):
+  return manifest.Artifact(folder, "embedding table", {"encoder": {"name": "e"}})
+
+
+def _shard(index):
+  rng = np.random.default_rng(index)
+  rows = ROWS[index]
+  return {
+    "keys": rng.normal(size=(rows, D)).astype(np.float32),
+    "values": {"text": rng.normal(size=(rows, DV)).astype(np.float32)},
+    "metadata": {
+      "id": [f"{index}/{i}" for i in range(rows)],
+      "label": list(range(rows)),
+    },
+  }
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A finished table of two shards."""
+  artifact = _artifact(tmp_path / "memory")
+  artifact.start()
+  for index in range(2):
+    table.write_shard(artifact, index, **_shard(index))
+  artifact.finish(
+    ["00000", "00001"], {"key_dims": D, "value_dims": {"text": DV}}
+  )
+  return artifact.folder
+
+
+def _refusal(call):
+  with pytest.raises(UserError) as caught:
+    call()
+  message = str(caught.value)
+  assert "\n" not in message
+  return message
+
+
+def _replace(folder, name, array):
+  """Puts another array in place of a file and corrects its digest."""
+  np.save(folder / name, array)
+  path = folder / "manifest.json"
+  found = json.loads(path.read_text())
+  for shard in found["shards"].values():
+    if name in shard["files"]:
+      shard["files"][name] = manifest._digest(folder / name)
+  path.write_text(json.dumps(found))
+
+
+def test_rows_come_back_in_order_as_float16(folder):
+  opened = table.Table(folder)
+  assert (opened.rows, opened.dims) == (sum(ROWS), D)
+  assert opened.value_names == ["text"]
+  for found, stem in ((opened.keys(), "keys"), (opened.values("text"), "text")):
+    parts = [_shard(i) for i in range(2)]
+    wanted = np.concatenate(
+      [p["keys"] if stem == "keys" else p["values"][stem] for p in parts]
+    ).astype(np.float16)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, wanted)
+  assert opened.column("id") == [
+    f"{i}/{j}" for i in range(2) for j in range(ROWS[i])
+  ]
+  assert opened.column("label") == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_shards_have_the_names_of_the_published_layout(folder):
+  assert {p.name for p in folder.iterdir()} == {
+    "manifest.json",
+    *(f"keys_0000{i}.npy" for i in range(2)),
+    *(f"values_text_0000{i}.npy" for i in range(2)),
+    *(f"metadata_0000{i}.parquet" for i in range(2)),
+  }
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 70_000.0])
+def test_a_row_that_float16_cannot_hold_is_refused_and_nothing_written(
+  tmp_path, part, bad
+):
+  artifact = _artifact(tmp_path / "memory")
+  artifact.start()
+  shard = _shard(0)
+  array = shard["keys"] if part == "keys" else shard["values"]["text"]
+  array[3, 2] = bad
+  message = _refusal(lambda: table.write_shard(artifact, 0, **shard))
+  assert "the embedding of item '0/3' is not finite in float16" in message
+  assert f"{part}" in message and "Nothing was written." in message
+  assert [p.name for p in artifact.folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_missing_table_says_which_stage_makes_it(tmp_path):
+  message = _refusal(lambda: table.Table(tmp_path / "memory"))
+  assert message == (
+    f"{tmp_path / 'memory' / 'manifest.json'}: missing; run --stages=embed "
+    "first."
+  )
+
+
+def test_an_unfinished_table_says_which_stage_goes_on(tmp_path):
+  artifact = _artifact(tmp_path / "memory")
+  artifact.start()
+  table.write_shard(artifact, 0, **_shard(0))
+  message = _refusal(lambda: table.Table(artifact.folder))
+  assert "this table is not finished; run --stages=embed" in message
+
+
+def test_a_foreign_manifest_is_refused(folder):
+  (folder / "manifest.json").write_text('{"name": "of another program"}')
+  message = _refusal(lambda: table.Table(folder))
+  assert "not a manifest of ours" in message
+
+
+def test_an_artifact_of_another_kind_is_refused(tmp_path):
+  artifact = manifest.Artifact(tmp_path / "memory", "working set", {})
+  artifact.start()
+  message = _refusal(lambda: table.Table(artifact.folder))
+  assert "kind: working set -> embedding table" in message
+
+
+def test_values_of_another_encoder_are_refused_by_name(folder):
+  message = _refusal(lambda: table.Table(folder).values("t5"))
+  assert "holds no values of 't5', only of ['text']" in message
+  assert "delete" in message
+
+
+READS = {
+  "keys_00001.npy": lambda t: t.keys(),
+  "values_text_00001.npy": lambda t: t.values("text"),
+  "metadata_00001.parquet": lambda t: t.column("id"),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("damage", ["truncate", "flip_bit", "delete"])
+def test_a_damaged_file_is_named_with_the_remedy(
+  folder, name, damage, truncate, flip_bit
+):
+  {"truncate": truncate, "flip_bit": flip_bit, "delete": lambda p: p.unlink()}[
+    damage
+  ](folder / name)
+  opened = table.Table(folder)
+  for call in (lambda: READS[name](opened), opened.verify):
+    message = _refusal(call)
+    assert str(folder / name) in message
+    assert f"delete {folder} to have it made again" in message
+
+
+@pytest.mark.parametrize(
+  ("name", "read"),
+  [("keys_00000.npy", "keys"), ("values_text_00000.npy", "values")],
+)
+def test_a_table_of_another_width_is_refused_with_both_shapes(
+  folder, name, read
+):
+  _replace(folder, name, np.ones((ROWS[0], 13), np.float16))
+  opened = table.Table(folder)
+  message = _refusal(lambda: opened.keys() if read == "keys" else READS[
+    "values_text_00001.npy"
+  ](opened))
+  wanted = D if read == "keys" else DV
+  assert f"{name}: holds float16 [5, 13]" in message
+  assert f"where floats [5, {wanted}] are expected" in message
+
+
+def test_nan_in_a_stored_table_is_refused_with_its_row(folder):
+  keys = _shard(0)["keys"]
+  keys[2, 1] = np.nan
+  keys[4, 0] = np.inf
+  _replace(folder, "keys_00000.npy", keys.astype(np.float16))
+  message = _refusal(lambda: table.Table(folder).keys())
+  assert "keys_00000.npy: row 2 holds NaN or infinity (2 such rows)" in message
+
+
+def test_integers_in_place_of_keys_are_refused(folder):
+  _replace(folder, "keys_00000.npy", np.ones((ROWS[0], D), np.int64))
+  message = _refusal(lambda: table.Table(folder).keys())
+  assert "holds int64 [5, 7] where floats" in message
+
+
+def test_a_pickle_in_place_of_keys_is_never_loaded(folder):
+  evil = np.array([{"a": 1}] * ROWS[0], dtype=object)
+  np.save(folder / "keys_00000.npy", evil, allow_pickle=True)
+  message = _refusal(lambda: table.Table(folder).keys())
+  assert "keys_00000.npy: not a whole .npy file" in message

@@ -1,0 +1,254 @@
+"""Training: the same bits again, whatever interrupts it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.training import loop
+from tests.training import tiny
+
+STEPS = 14  # 3 epochs of 37 examples in batches of 8
+CHECKPOINTS = (5, 10, 14)
+
+
+def _assert_equal(one, two):
+  assert jax.tree.structure(one) == jax.tree.structure(two)
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+  """One for all tests: it holds no state of a run, and compiles once."""
+  with jax.numpy_rank_promotion("raise"):
+    return tiny.trainer()
+
+
+def _run(trainer, folder, seed=0):
+  return jax.device_get(trainer.run(seed, folder))
+
+
+def _losses(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, trainer):
+  """An uninterrupted run: (its folder, its parameters)."""
+  folder = tmp_path_factory.mktemp("whole")
+  with jax.numpy_rank_promotion("raise"):
+    return folder, _run(trainer, folder)
+
+
+class Stop(Exception):
+  """Ends a run at a place of the test's choice."""
+
+
+@pytest.fixture
+def stop_after(trainer, monkeypatch):
+  """`with stop_after(n):` a run raises `Stop` after n steps."""
+
+  @contextlib.contextmanager
+  def stop(count):
+    step, done = trainer._step, []
+
+    def counted(*arguments):
+      if len(done) == count:
+        raise Stop
+      done.append(1)
+      return step(*arguments)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(trainer, "_step", counted)
+      yield
+
+  return stop
+
+
+def test_steps_of_epochs_are_rounded_and_at_least_one():
+  settings = tiny.settings()
+  assert settings.steps(3.0, 37) == STEPS
+  assert settings.steps(1.0, 37) == 5
+  assert settings.steps(0.0, 37) == 1
+
+
+def test_a_run_logs_every_step_and_learns(whole):
+  folder, _ = whole
+  found = _losses(folder)
+  assert [x["step"] for x in found] == list(range(1, STEPS + 1))
+  first, last = (
+    np.mean([x["loss"] for x in part]) for part in (found[:5], found[-5:])
+  )
+  assert last < 0.8 * first
+
+
+def test_the_same_seed_twice_is_bit_equal(whole, trainer, tmp_path):
+  folder, params = whole
+  _assert_equal(_run(trainer, tmp_path), params)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == (
+    folder / "metrics.jsonl"
+  ).read_bytes()
+
+
+def test_another_seed_is_another_run(whole, trainer, tmp_path):
+  _run(trainer, tmp_path, seed=1)
+  assert _losses(tmp_path) != _losses(whole[0])
+
+
+def test_without_a_folder_nothing_is_kept_and_the_result_is_the_same(
+  whole, trainer
+):
+  _assert_equal(_run(trainer, None), whole[1])
+
+
+def test_checkpoints_do_not_change_the_result(whole):
+  rare = tiny.trainer(checkpoint_epochs=100.0)
+  _assert_equal(_run(rare, None), whole[1])
+
+
+@pytest.mark.parametrize("calls", [3, 5, 7, 13])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+  whole, trainer, tmp_path, stop_after, calls
+):
+  """Before the first checkpoint, just after it, between two, at the end."""
+  folder, params = whole
+  with stop_after(calls), pytest.raises(Stop):
+    _run(trainer, tmp_path)
+  kept = [s for s in CHECKPOINTS if s <= calls]
+  steps = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+  assert steps == kept[-1:]
+  _assert_equal(_run(trainer, tmp_path), params)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == (
+    folder / "metrics.jsonl"
+  ).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(
+  whole, trainer, tmp_path, stop_after
+):
+  folder = tmp_path / "copy"
+  shutil.copytree(whole[0], folder)
+  with stop_after(0):
+    _assert_equal(_run(trainer, folder), whole[1])
+
+
+def test_half_a_line_and_lines_after_the_checkpoint_are_written_anew(
+  whole, trainer, tmp_path, stop_after
+):
+  """What a kill between two checkpoints leaves in the log."""
+  with stop_after(7), pytest.raises(Stop):
+    _run(trainer, tmp_path)
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write('{"step": 6, "loss": 99.0}\n{"step": 7, "lo')
+  _run(trainer, tmp_path)
+  assert _losses(tmp_path) == _losses(whole[0])
+
+
+@pytest.mark.parametrize(("bad", "kept"), [(1, []), (8, ["5"])])
+def test_a_loss_that_is_not_finite_names_step_and_remedy(
+  trainer, tmp_path, monkeypatch, bad, kept
+):
+  step, done = trainer._step, []
+
+  def broken(*arguments):
+    done.append(1)
+    state, loss = step(*arguments)
+    return state, loss * (np.nan if len(done) == bad else 1)
+
+  monkeypatch.setattr(trainer, "_step", broken)
+  with pytest.raises(UserError) as caught:
+    trainer.run(0, tmp_path, "train mam seed 0")
+  assert str(caught.value) == (
+    f"train mam seed 0: the loss is nan at step {bad}; lower "
+    "train.learning_rate. The last good checkpoint is kept."
+  )
+  steps = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+  assert steps == kept
+
+
+@pytest.mark.parametrize("size", [0, -8])
+def test_a_batch_size_without_sense_is_refused_by_name(size):
+  with pytest.raises(UserError, match=f"config.train.batch_size={size}: must"):
+    tiny.trainer(batch_size=size)
+
+
+def test_prediction_does_not_depend_on_the_batch_size(whole):
+  arrays = tiny.examples(29, seed=5)
+  predict = lambda size: loop.predict(
+    tiny.model(), whole[1], tiny.memory(), arrays, size
+  )
+  logits, weights = predict(29)
+  assert logits.shape == (29, tiny.CLASSES)
+  assert weights.shape == (29, 1, tiny.K)
+  for size in (5, 64):
+    other_logits, other_weights = predict(size)
+    np.testing.assert_allclose(other_logits, logits, atol=1e-5)
+    np.testing.assert_allclose(other_weights, weights, atol=1e-5)
+
+
+_TWO_DEVICES = """
+import sys, jax, numpy as np
+from flax import traverse_util
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.training import loop
+from tests.training import tiny
+assert len(jax.devices()) == 2
+params = tiny.trainer().run(0)
+logits, _ = loop.predict(
+  tiny.model(), params, tiny.memory(), tiny.examples(29, seed=5), 8
+)
+flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+np.savez(sys.argv[1], logits=logits, **flat)
+try:
+  tiny.trainer(batch_size=7)
+except UserError as error:
+  print(error)
+"""
+
+
+def test_two_devices_equal_one(whole, tmp_path):
+  root = pathlib.Path(__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, "-c", _TWO_DEVICES, str(tmp_path / "two.npz")],
+    cwd=root,
+    env=os.environ
+    | {
+      "PYTHONPATH": str(root),
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == (
+    "config.train.batch_size=7: must be a positive multiple of the 2 devices "
+    "that share a batch."
+  )
+  logits, _ = loop.predict(
+    tiny.model(), whole[1], tiny.memory(), tiny.examples(29, seed=5), 8
+  )
+  with np.load(tmp_path / "two.npz") as two:
+    np.testing.assert_allclose(two["logits"], logits, atol=1e-4)
+    found = {n for n in two.files if n != "logits"}
+    flat = _by_path(whole[1])
+    assert found == set(flat)
+    for name in found:
+      # Sums over the batch are added in another order.
+      np.testing.assert_allclose(two[name], flat[name], atol=1e-4, err_msg=name)
+
+
+def _by_path(params):
+  """Parameters by their path."""
+  return {
+    "/".join(k.key for k in path): x
+    for path, x in jax.tree.leaves_with_path(params)
+  }
