@@ -9,10 +9,12 @@ can be given on the command line: --config.model.name=mam.
 
 import pathlib
 import re
+import runpy
 import sys
 import time
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -101,13 +103,20 @@ def _explain(arguments: list[str], error: Exception) -> str:
   """What is wrong with the flags: the nearest name for an unknown setting."""
   message = re.sub(r"\s+", " ", str(error)).strip()
   for argument in arguments:
-    match = re.match(r"--?config=([^:]+)", argument)
-    if match and not pathlib.Path(match[1]).exists():
+    match = re.match(r"--?config=([^:]+):?(.*)", argument)
+    if match is None:
+      continue
+    if not pathlib.Path(match[1]).exists():
       return f"--config={match[1]}: no such file; see configs/."
-  try:
-    configs.check_overrides(arguments, configs.defaults())
-  except UserError as unknown:
-    return str(unknown)
+    try:
+      # Not the defaults: a dataset's options are known to its file alone.
+      get_config = runpy.run_path(match[1])["get_config"]
+      config = get_config(match[2]) if match[2] else get_config()
+      configs.check_overrides(arguments, config)
+    except UserError as unknown:
+      return str(unknown)
+    except Exception:  # the file itself is wrong, which `message` says
+      break
   return f"{message[:300]}; see --help."
 
 
@@ -122,6 +131,10 @@ def main(arguments: list[str]) -> None:
     _fail(f"unexpected argument {arguments[1]!r}; see --help.")
   if _CONFIG.value is None or _WORKDIR.value is None:
     _fail("--config=FILE and --workdir=DIR are needed; see --help.")
+  if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+    # A file that cannot be opened is only told of when its values are used.
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    _fail(f"--config={name}: no such file; see configs/.")
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every step it takes
   try:
     text = run(_CONFIG.value, pathlib.Path(_WORKDIR.value), list(_STAGES.value))

@@ -14,8 +14,7 @@ _MID = {"paper": (20, 100), "oltr_code": (21, 99)}
 def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
   """Whether the label is among the k largest logits: bool [N].
 
-  Ties count against the model: a constant output is right for no class but
-  the one that k can hold.
+  Ties count against the model: a constant output is right for no class.
 
   Args:
     logits: [N, C].
@@ -23,7 +22,8 @@ def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     k: how many guesses are allowed.
   """
   own = np.take_along_axis(logits, labels[:, None], axis=1)
-  ahead = (logits >= own).sum(axis=1) - 1
+  # What is not behind is ahead: NaN, as one or the other, is never right.
+  ahead = logits.shape[1] - 1 - (logits < own).sum(axis=1)
   return ahead < k
 
 

@@ -199,7 +199,8 @@ def _write_shard(
           "neighbor_scores": feature(result.scores[i].astype("<f4").tobytes()),
         }
         example = tf.train.Example(features=tf.train.Features(feature=features))
-        writer.write(example.SerializeToString())
+        # Else the order of features, and so the digest, is left to chance.
+        writer.write(example.SerializeToString(deterministic=True))
 
 
 def shard_paths(artifact: manifest.Artifact, split: str) -> list[pathlib.Path]:

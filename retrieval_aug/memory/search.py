@@ -82,6 +82,7 @@ class Exact:
     ]
 
   def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
+    """The best k by float32 scores, fewer only if there are fewer keys."""
     k = min(k, self._n)
     out = []
     starts = range(0, len(queries), self._query_block)
@@ -171,6 +172,7 @@ class Scann:
     )
 
   def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
+    """Probably the best k; -1 where too few rows are in the leaves searched."""
     out = []
     starts = range(0, len(queries), 4096)
     for start in progress.bar(

@@ -22,6 +22,7 @@ from retrieval_aug.models.neighbors import (
   Values,
   add_where_any,
   as_tuple,
+  drop_residual,
   neighbor_mask,
 )
 from retrieval_aug.models.scaling import (
@@ -78,6 +79,8 @@ class MAM(nn.Module):
       factor on its weights, `exp(source_gate[s])`, which starts at 1.
     neighbor_dropout: probability of hiding a neighbor in training.
     dropout: rate on the attended values, before chi.
+    query_dropout: rate on the residual z of the output; the attention sees
+      all of z.
     remat: keep nothing of a layer for the backward pass but its input.
     scan_layers: compile one layer and loop; parameters of all layers are
       stacked in `layers/...` (`stack_layers` and `unstack_layers` convert).
@@ -100,6 +103,7 @@ class MAM(nn.Module):
   source_gate: int = 0
   neighbor_dropout: float = 0.0
   dropout: float = 0.0
+  query_dropout: float = 0.0
   remat: bool = False
   scan_layers: bool = False
   folded: bool = False
@@ -159,9 +163,9 @@ class MAM(nn.Module):
       mask=mask,
       sources=sources if self.source_gate else None,
     )
-    refined, attention = self._run_layers(
-      jnp.asarray(query, acc), neighbors, train
-    )
+    z = jnp.asarray(query, acc)
+    refined, attention = self._run_layers(z, neighbors, train)
+    refined = drop_residual(self, refined, z, self.query_dropout, train)
     return (refined, attention) if return_attention else refined
 
   def _run_layers(
@@ -225,6 +229,7 @@ class MAM(nn.Module):
     check_at_least("source_gate", self.source_gate, 0)
     check_rate("neighbor_dropout", self.neighbor_dropout)
     check_rate("dropout", self.dropout)
+    check_rate("query_dropout", self.query_dropout)
     check_at_least("num_heads", self.num_heads, 1)
     temperature = self.attention_temperature
     if isinstance(temperature, str):

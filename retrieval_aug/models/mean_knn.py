@@ -12,6 +12,7 @@ from retrieval_aug.models.neighbors import (
   Values,
   add_where_any,
   as_tuple,
+  drop_residual,
   masked_softmax,
   neighbor_mask,
   weighted_sum,
@@ -29,6 +30,7 @@ class MeanKNN(nn.Module):
     value_scale: "sqrt_d" or "none", as in `MAM`.
     neighbor_dropout: probability of hiding a neighbor in training.
     dropout: rate on the mean value, before chi.
+    query_dropout: rate on the residual z.
     dtype: type of the matrix products.
     param_dtype: type of the parameters.
   """
@@ -36,6 +38,7 @@ class MeanKNN(nn.Module):
   value_scale: str = "none"
   neighbor_dropout: float = 0.0
   dropout: float = 0.0
+  query_dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -43,6 +46,7 @@ class MeanKNN(nn.Module):
     check_choice("value_scale", self.value_scale, SCALES)
     check_rate("neighbor_dropout", self.neighbor_dropout)
     check_rate("dropout", self.dropout)
+    check_rate("query_dropout", self.query_dropout)
     super().__post_init__()
 
   @nn.compact
@@ -93,7 +97,9 @@ class MeanKNN(nn.Module):
       param_dtype=self.param_dtype,
       name="output",
     )(mean)
-    refined = add_where_any(jnp.asarray(query, acc), delta, mask)
+    z = jnp.asarray(query, acc)
+    refined = add_where_any(z, delta, mask)
+    refined = drop_residual(self, refined, z, self.query_dropout, train)
     if return_attention:
       return refined, weights[:, None, :]
     return refined

@@ -102,3 +102,28 @@ def add_where_any(residual: Array, delta: Array, mask: Array) -> Array:
   found = jnp.any(mask, axis=-1, keepdims=True)
   delta = delta.astype(residual.dtype)
   return residual + jnp.where(found, delta, jnp.zeros_like(delta))
+
+
+def drop_residual(
+  module: nn.Module, refined: Array, z: Array, rate: float, train: bool
+) -> Array:
+  """Drops entries of the query where it is the residual, and only there.
+
+  What a fusion has attended with is untouched; the head must lean on what the
+  neighbors add, in training, as far as `rate` goes.
+
+  Args:
+    module: the module whose "dropout" random stream is drawn from.
+    refined: `z + delta`, `[B, d]`.
+    z: the query, `[B, d]`.
+    rate: `query_dropout`.
+    train: nothing is dropped unless it is True.
+
+  Returns:
+    `dropout(z) + delta`, `[B, d]`.
+  """
+  if not train or rate == 0.0:
+    return refined
+  keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, z.shape)
+  dropped = jnp.where(keep, z / (1.0 - rate), jnp.zeros_like(z))
+  return refined - z + dropped

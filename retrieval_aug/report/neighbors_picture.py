@@ -106,35 +106,36 @@ def draw(
   query_of = {x: i for i, x in enumerate(downstream.ids)}
   item_of = {x: i for i, x in enumerate(memory.ids)}
   columns = max(len(r.neighbors) for r in rows)
-  figure = Figure(figsize=(1.45 * (columns + 1.6), 2.05 * len(rows)), dpi=110)
+  figure = Figure(figsize=(1.4 * (columns + 1.5), 2.5 * len(rows)), dpi=100)
   FigureCanvasAgg(figure)
+  # Three bands a query: weights, images, and room for the texts below them.
   grid = figure.add_gridspec(
-    2 * len(rows),
+    3 * len(rows),
     columns + 1,
     width_ratios=[1.5] + [1] * columns,
-    height_ratios=[1, 3.2] * len(rows),
+    height_ratios=[0.5, 1.4, 0.6] * len(rows),
     left=0.01,
     right=0.99,
-    top=0.99,
-    bottom=0.02,
-    hspace=0.12,
+    top=0.985,
+    bottom=0.005,
+    hspace=0,
     wspace=0.12,
   )
   for y, row in enumerate(rows):
-    axes = figure.add_subplot(grid[2 * y : 2 * y + 2, 0])
+    axes = figure.add_subplot(grid[3 * y : 3 * y + 2, 0])
     axes.imshow(downstream.image(query_of[row.example_id]))
     _hide(axes)
     names = downstream.class_names
     right = row.prediction == row.truth
     axes.set_title(
-      f"{names[row.truth]} ({row.train_count} in training)",
-      fontsize=8,
+      f"truth: {names[row.truth]}\n{row.train_count} training images",
+      fontsize=8.5,
       color=_RIGHT,
       pad=3,
     )
     axes.set_xlabel(
-      f"predicted {names[row.prediction]}",
-      fontsize=8,
+      f"predicted: {names[row.prediction]}",
+      fontsize=8.5,
       color=_RIGHT if right else _WRONG,
       labelpad=3,
     )
@@ -142,7 +143,7 @@ def draw(
     for x, (neighbor, weight) in enumerate(zip(row.neighbors, row.weights)):
       if neighbor < 0:
         continue
-      bar = figure.add_subplot(grid[2 * y, x + 1])
+      bar = figure.add_subplot(grid[3 * y, x + 1])
       bar.bar([0], [weight], width=0.8, color=_BAR)
       # One scale a query: bars of different queries are not comparable, the
       # numbers above them are.
@@ -151,7 +152,7 @@ def draw(
         0, weight + highest * 0.1, f"{weight:.3f}", ha="center", fontsize=8
       )
       bar.axis("off")
-      axes = figure.add_subplot(grid[2 * y + 1, x + 1])
+      axes = figure.add_subplot(grid[3 * y + 1, x + 1])
       item = item_of[table_ids[neighbor]]
       axes.imshow(memory.image(item))
       _hide(axes)

@@ -34,6 +34,7 @@ class TrainSettings:
   tau: float
   gradient_clip: float
   checkpoint_epochs: float
+  lr_factors: tuple[tuple[str, float], ...] = ()
 
   def steps(self, epochs: float, examples: int) -> int:
     """Steps in a number of epochs, rounded, at least 1."""
@@ -77,6 +78,7 @@ class Trainer:
       total_steps=self.total_steps,
       warmup_steps=settings.steps(settings.warmup_epochs, n),
       gradient_clip=settings.gradient_clip,
+      lr_factors=settings.lr_factors,
     )
     self._step = steps.make_train_step(
       model,

@@ -1,9 +1,13 @@
 """AdamW with warm-up and cosine decay, per step (DESIGN decision 1)."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
+
+from retrieval_aug.common.errors import UserError
 
 
 def schedule(
@@ -31,6 +35,7 @@ def make(
   total_steps: int,
   warmup_steps: int,
   gradient_clip: float,
+  lr_factors: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
   """The papers' "Adam with weight decay": decoupled, on matrices only.
 
@@ -41,6 +46,9 @@ def make(
     total_steps: length of training.
     warmup_steps: of them, linear.
     gradient_clip: bound on the global gradient norm; 0 is off.
+    lr_factors: (regex, factor) pairs; the first that matches a parameter's
+      whole name, such as `fusion/layer_0/query/kernel`, multiplies its
+      learning rate. A name that none matches keeps it.
   """
   chain = []
   if gradient_clip > 0:
@@ -52,4 +60,29 @@ def make(
       mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     )
   )
+  if lr_factors:
+    chain.append(
+      optax.stateless(lambda updates, _: _scaled(updates, lr_factors))
+    )
   return optax.chain(*chain)
+
+
+def _scaled(updates: Any, factors: Sequence[tuple[str, float]]) -> Any:
+  """Each update times the factor of the first regex that fits its name."""
+  unused = {pattern for pattern, _ in factors}
+
+  def scale(path, update):
+    name = "/".join(str(part.key) for part in path)
+    for pattern, factor in factors:
+      if re.fullmatch(pattern, name):
+        unused.discard(pattern)
+        return factor * update
+    return update
+
+  scaled = jax.tree_util.tree_map_with_path(scale, updates)
+  if unused:
+    raise UserError(
+      f"lr_factors: {sorted(unused)[0]!r} matches no parameter's whole name; "
+      "names are those of params.npz, such as fusion/layer_0/query/kernel."
+    )
+  return scaled

@@ -181,9 +181,7 @@ def test_records_survive_a_killed_stage(tmp_path):
   assert second.recorded("00001") is None
 
 
-def test_a_recorded_shard_that_was_damaged_since_is_refused(
-  tmp_path, flip_bit
-):
+def test_a_recorded_shard_that_was_damaged_since_is_refused(tmp_path, flip_bit):
   artifact = _artifact(tmp_path)
   artifact.start()
   _shard(artifact, "00000", b"first")

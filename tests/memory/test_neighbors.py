@@ -156,6 +156,14 @@ class TestRoundTrip:
     for one, two in zip(_read(found), _read(other)):
       np.testing.assert_array_equal(one, two)
 
+  def test_the_same_search_writes_the_same_bytes(self, found):
+    """Golden: protobuf alone would order features by chance, a process."""
+    path = neighbors.shard_paths(found, "val")[0]
+    names = [b"example_id", b"label", b"neighbor_ids", b"neighbor_scores"]
+    first = path.read_bytes()[: path.stat().st_size // 5]
+    places = [first.index(n) for n in [*names, b"query"]]
+    assert places == sorted(places)
+
   def test_more_neighbors_than_memory_are_padded(
     self, tmp_path, queries, memory
   ):
@@ -386,9 +394,7 @@ class TestWorkingSet:
     )
     keys = working_set.keys.astype(np.float64)
     _, unit = _transformed(queries, memory)
-    cosines = (
-      keys @ keys.T / np.outer(*[np.linalg.norm(keys, axis=1)] * 2)
-    )
+    cosines = keys @ keys.T / np.outer(*[np.linalg.norm(keys, axis=1)] * 2)
     np.testing.assert_allclose(
       cosines, unit[self.ROWS] @ unit[self.ROWS].T, atol=2e-3
     )

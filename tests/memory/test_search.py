@@ -159,7 +159,9 @@ def test_scores_near_the_kth_are_ordered_by_their_exact_value(queries):
 def test_exact_scores_are_cosines_and_minus_infinity_for_pads(keys, queries):
   ids = np.array([[4, -1, 9]] * Q)
   scores = search.exact_scores(keys, queries, ids)
-  expected = np.einsum("qd,qkd->qk", queries, keys[[4, 0, 9]][None].repeat(Q, 0))
+  expected = np.einsum(
+    "qd,qkd->qk", queries, keys[[4, 0, 9]][None].repeat(Q, 0)
+  )
   np.testing.assert_allclose(scores[:, [0, 2]], expected[:, [0, 2]], atol=1e-6)
   assert (scores[:, 1] == -np.inf).all()
 
@@ -224,7 +226,9 @@ class TestChoice:
     )
 
   def test_an_unknown_searcher_is_refused_with_the_known_ones(self):
-    with pytest.raises(UserError, match="'hnsw': not one of auto, exact, scann"):
+    with pytest.raises(
+      UserError, match="'hnsw': not one of auto, exact, scann"
+    ):
       search.choose("hnsw", 1)
 
 

@@ -13,7 +13,9 @@ ROWS, D, DV = (5, 3), 7, 11
 
 
 def _artifact(folder):
-  return manifest.Artifact(folder, "embedding table", {"encoder": {"name": "e"}})
+  return manifest.Artifact(
+    folder, "embedding table", {"encoder": {"name": "e"}}
+  )
 
 
 def _shard(index):
@@ -169,9 +171,13 @@ def test_a_table_of_another_width_is_refused_with_both_shapes(
 ):
   _replace(folder, name, np.ones((ROWS[0], 13), np.float16))
   opened = table.Table(folder)
-  message = _refusal(lambda: opened.keys() if read == "keys" else READS[
-    "values_text_00001.npy"
-  ](opened))
+  message = _refusal(
+    lambda: (
+      opened.keys()
+      if read == "keys"
+      else READS["values_text_00001.npy"](opened)
+    )
+  )
   wanted = D if read == "keys" else DV
   assert f"{name}: holds float16 [5, 13]" in message
   assert f"where floats [5, {wanted}] are expected" in message

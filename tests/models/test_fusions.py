@@ -36,9 +36,8 @@ class Case:
   options: tuple = ()
   layers: int = 1
   # Whether without neighbors the query comes back, and all the weight is on
-  # neighbors otherwise; and whether their order matters.
+  # neighbors otherwise.
   keeps_query: bool = True
-  ordered: bool = False
 
   def inputs(self, seed=0, **sizes):
     """`make_inputs` with a width that the heads divide."""
@@ -77,7 +76,6 @@ def _retformer(**options):
     tuple(options.items()),
     layers=options["num_layers"],
     keeps_query=False,
-    ordered=options.get("position") != "none",
   )
 
 
@@ -116,6 +114,8 @@ CASES = {
   ),
 }
 # For what no option has a say in: one row of each way to compute.
+# XLA's compile time is what the full table costs, so that it is kept for the
+# equations and their gradients.
 CORE = (
   "mean_knn_sqrt_d",
   "mam_scaled_values",
@@ -126,11 +126,6 @@ core_cases = pytest.mark.parametrize("case", [CASES[n] for n in CORE], ids=CORE)
 PLAIN = ("mean_knn", "mam", "retformer")
 plain_cases = pytest.mark.parametrize(
   "case", [CASES[n] for n in PLAIN], ids=PLAIN
-)
-query_cases = pytest.mark.parametrize(
-  "case",
-  [case for case in CASES.values() if case.keeps_query],
-  ids=[name for name, case in CASES.items() if case.keeps_query],
 )
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -183,7 +178,7 @@ def test_forward_equals_equations_in_float64(case):
   np.testing.assert_allclose(attention, weights, **FLOAT64)
 
 
-@every_case
+@core_cases
 def test_forward_equals_equations_in_float32(case):
   inputs = case.inputs(3)
   module = case.module()
@@ -276,9 +271,9 @@ def test_any_shape_equals_equations(case, b, k, d, dv, seed):
   np.testing.assert_allclose(attention, weights, rtol=1e-4, atol=1e-4)
 
 
-@every_case
+@core_cases
 def test_mask_equals_subset(case):
-  kept = np.arange(3) if case.ordered else np.array([5, 1, 2])
+  kept = np.array([5, 1, 2])
   query, keys, values, _ = case.inputs(7)
   mask = np.zeros((B, K), bool)
   mask[:, kept] = True
@@ -315,9 +310,11 @@ def test_no_mask_equals_all_true(case):
   np.testing.assert_array_equal(with_mask, without)
 
 
-@query_cases
+@core_cases
 @pytest.mark.parametrize("k", [0, K])
 def test_all_masked_returns_the_query_exactly(case, k):
+  if not case.keeps_query:
+    pytest.skip("reads class tokens, which are never masked")
   query, keys, values, _ = case.inputs(9)
   mask = np.zeros((B, K), bool)
   module = case.module()
@@ -357,8 +354,8 @@ def test_finite_at_extreme_lengths(case, size):
     np.testing.assert_allclose(attention[0].sum(-1), 1.0, **FLOAT32)
 
 
-@every_case
-def test_order_of_neighbors_matters_only_to_positions(case):
+@core_cases
+def test_order_of_neighbors_does_not_matter(case):
   query, keys, values, mask = case.inputs(12)
   order = np.random.default_rng(0).permutation(K)
   module = case.module()
@@ -367,13 +364,8 @@ def test_order_of_neighbors_matters_only_to_positions(case):
   moved, moved_attention = run(
     module, params, (query, keys[:, order], values[:, order], mask[:, order])
   )
-  if case.ordered:
-    assert np.max(np.abs(moved - refined)) > 1e-2
-  else:
-    np.testing.assert_allclose(moved, refined, **FLOAT32)
-    np.testing.assert_allclose(
-      moved_attention, attention[..., order], **FLOAT32
-    )
+  np.testing.assert_allclose(moved, refined, **FLOAT32)
+  np.testing.assert_allclose(moved_attention, attention[..., order], **FLOAT32)
 
 
 @core_cases
@@ -443,7 +435,7 @@ def test_dropouts_act_in_training_only_and_need_their_rng(case):
 
 @core_cases
 def test_neighbor_dropout_hides_at_the_given_rate(case):
-  count = 4_001
+  count = 401
   query, keys, values, _ = case.inputs(18, b=2, k=count)
   mask = np.ones((2, count), bool)
   module = case.module(neighbor_dropout=0.3)
@@ -454,7 +446,7 @@ def test_neighbor_dropout_hides_at_the_given_rate(case):
   )
   hidden = np.asarray(attention) == 0.0
   # A weight can also underflow, hence only the rate's order is asserted.
-  assert 0.27 < hidden[:, 0].mean() < 0.34
+  assert 0.25 < hidden[:, 0].mean() < 0.36
   assert np.all(hidden == hidden[:, :1])  # the same ones in all layers
 
 

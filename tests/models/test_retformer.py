@@ -103,6 +103,20 @@ def test_text_of_the_query_is_the_zero_vector():
   )
 
 
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_order_of_neighbors_matters_to_positions_alone(position):
+  query, keys, values = make_inputs()
+  module = RetFormer(2, max_neighbors=K, position=position)
+  params = init(module)
+  if position == "learned":
+    for name in ("image_position", "text_position"):
+      params[name] = 10 * params[name]
+  run = lambda *x: np.asarray(module.apply({"params": params}, *x))
+  moved = run(query, keys[:, ::-1], values[:, ::-1])
+  change = np.max(np.abs(moved - run(query, keys, values)))
+  assert change > 1e-2 if position == "learned" else change < 1e-5
+
+
 def test_fewer_neighbors_than_the_table_has_rows():
   query, keys, values = make_inputs()
   module = RetFormer(2, max_neighbors=K)

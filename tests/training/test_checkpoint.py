@@ -18,9 +18,7 @@ from retrieval_aug.training.step import State
 # A restore that fails leaves Orbax's own coroutines behind, never awaited.
 pytestmark = [
   pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
-  pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-  ),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
@@ -81,9 +79,7 @@ def _refusal(folder, like=None):
 
 
 @pytest.mark.parametrize("pattern", ["*", "*/d/*"])
-def test_an_emptied_checkpoint_is_a_user_error_that_names_it(
-  tmp_path, pattern
-):
+def test_an_emptied_checkpoint_is_a_user_error_that_names_it(tmp_path, pattern):
   """Every file cut to nothing, or only those with the arrays."""
   folder = tmp_path / "checkpoints"
   _saved(folder)

@@ -12,7 +12,12 @@ N, BATCH = 13, 5
 
 # A run's results depend on the order: another one after an upgrade would make
 # old and new runs differ without a word.
-GOLDEN = [[11, 7, 9, 3, 6], [4, 10, 12, 1, 8], [0, 2, 5, 11, 0], [2, 4, 9, 3, 7]]
+GOLDEN = [
+  [11, 7, 9, 3, 6],
+  [4, 10, 12, 1, 8],
+  [0, 2, 5, 11, 0],
+  [2, 4, 9, 3, 7],
+]
 
 
 def _order(seed=0, first=0, last=13, batch_size=BATCH, n=N):

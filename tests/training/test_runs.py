@@ -173,7 +173,9 @@ def test_an_option_that_the_model_lacks_is_refused_by_name(data, tmp_path):
 
 def test_an_untrained_run_is_not_evaluated(data, tmp_path):
   message = _refusal(lambda: runs.evaluate(_runs(tmp_path), data, **EVALUATE))
-  assert message == f"{tmp_path / 'seed_0'}: not trained yet; run --stages=train."
+  assert (
+    message == f"{tmp_path / 'seed_0'}: not trained yet; run --stages=train."
+  )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip_bit"])
