@@ -53,6 +53,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.train.label_smoothing = 0.1
   c.train.tau = 1.0  # of the LACE loss; 0 is plain cross-entropy
   c.train.gradient_clip = 1.0  # global norm; 0 is off
+  # (regex, factor) pairs: the first that matches a parameter's whole name
+  # multiplies its learning rate.
+  c.train.lr_factors = ()
   c.train.checkpoint_epochs = 10.0
 
   # One section a model: its module's options, and `train`: what it trains
@@ -79,15 +82,18 @@ def defaults() -> ml_collections.ConfigDict:
 
 _MODEL_OPTIONS = {
   "linear": {},
-  "mlp": {"hidden_dim": 1024},
-  "mean_knn": {},
+  "mlp": {"hidden_dim": 1024, "dropout": 0.0},
+  "mean_knn": {"neighbor_dropout": 0.0, "dropout": 0.0, "query_dropout": 0.0},
   "mam": {
     "num_layers": 8,
     "residual": "query",
     "share_layers": False,
     "qk_init": "identity",
     "input_scale": "sqrt_d",
+    "attention_temperature": 1.0,
     "neighbor_dropout": 0.0,
+    "dropout": 0.0,
+    "query_dropout": 0.0,
   },
 }
 
@@ -96,6 +102,7 @@ _TRAIN_OVERRIDES = {
   "learning_rate": float,
   "weight_decay": float,
   "tau": float,
+  "lr_factors": tuple,
 }
 
 
