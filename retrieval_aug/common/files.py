@@ -81,8 +81,8 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(pathlib.Path(path).read_text())
   except (ValueError, OSError) as error:
     raise UserError(
-      f"{path}: cannot be read as JSON ({error}); delete the file's folder to "
-      "have it made again."
+      f"{path}: cannot be read as JSON ({error}); delete it to have it made "
+      "again."
     ) from error
 
 

@@ -85,7 +85,7 @@ class Artifact:
     path = self.folder / _MANIFEST
     if not path.exists():
       return False
-    manifest = files.read_json(path)
+    manifest = self._read()
     if not isinstance(manifest, dict) or "inputs" not in manifest:
       raise UserError(f"{path}: not a manifest of ours; {self.remedy}.")
     found = {"kind": manifest.get("kind")}
@@ -127,7 +127,7 @@ class Artifact:
     """Gathers the shards' records and marks the artifact complete.
 
     Args:
-      shards: every shard, in order.
+      shards: every shard; readers get them ordered by name.
       info: measurements and facts for readers; not part of the fingerprint.
     """
     records = {}
@@ -144,7 +144,7 @@ class Artifact:
     return self._read()["info"]
 
   def shards(self) -> dict[str, dict]:
-    """Records of a complete artifact's shards, by name, in order."""
+    """Records of a complete artifact's shards, ordered by name."""
     return self._read()["shards"]
 
   def verify(self) -> None:

@@ -225,6 +225,7 @@ def _downstream(
     labels=np.array([class_names.index(e.subgroup) for e in items], np.int64),
     splits=[splits[e.concept] for e in items],
     class_names=class_names,
+    groups=[e.concept for e in items],
   )
 
 

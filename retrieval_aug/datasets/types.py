@@ -42,11 +42,14 @@ class Downstream(ImageItems):
     labels: int64 `[N]`, index into `class_names`.
     splits: `train`, `val` or `test`, per item.
     class_names: name of each class.
+    groups: of near copies, per item; a group is never split, neither by
+      `splits` nor by cross-validation. None: every item is its own.
   """
 
   labels: np.ndarray
   splits: list[str]
   class_names: list[str]
+  groups: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,6 +108,15 @@ def _validate_downstream(items: Downstream) -> None:
       f"{len(items)} ids; give int64[{len(items)}]."
     )
   _same_length(items, "splits", items.splits)
+  if items.groups is not None:
+    _same_length(items, "groups", items.groups)
+    split_of = {}
+    for group, split in zip(items.groups, items.splits, strict=True):
+      if split_of.setdefault(group, split) != split:
+        raise UserError(
+          f"{items.name}: group {group!r} stands in the splits {split} and "
+          f"{split_of[group]}; near copies belong in one."
+        )
   wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
   if wrong.size:
     raise UserError(

@@ -39,12 +39,26 @@ def table_artifact(
   )
 
 
-def estimate(items: types.ImageItems, dims: int, value_dims: int) -> str:
+def estimate(
+  items: types.ImageItems,
+  encoder: Encoder,
+  value_encoder: Encoder | None,
+  shard_rows: int,
+) -> str:
   """One line: what embedding `items` will write and hold in memory."""
+  row = 2 * (encoder.dim + (value_encoder.dim if value_encoder else 0))
+  weights = sum(
+    x.nbytes
+    for e in (encoder, value_encoder)
+    if e is not None
+    for x in jax.tree.leaves(e.params)
+  )
   rows = len(items.ids)
-  disk = rows * 2 * (dims + value_dims)
+  # A shard is held in float32 until it is written.
+  memory = weights + 2 * row * min(rows, shard_rows)
   return (
-    f"embed {items.name}: {rows:,} items, about {disk / 1e6:,.0f} MB on disk"
+    f"embed {items.name}: {rows:,} items, about {rows * row / 1e6:,.0f} MB on "
+    f"disk, {memory / 1e6:,.0f} MB of memory beside the encoder's activations"
   )
 
 
@@ -75,6 +89,7 @@ def embed(
   rows = len(items.ids)
   shards = range(-(-rows // shard_rows))
   apply_image = jax.jit(encoder.apply)
+  progress.note(estimate(items, encoder, value_encoder, shard_rows))
   with files.lock(artifact.folder):
     artifact.start()
     bar = progress.bar(total=rows, what=f"embed {items.name}", unit="item")
@@ -204,7 +219,11 @@ def _jitted(encoder: Encoder) -> Callable[[Any, Any], jax.Array]:
 def _metadata(items: types.ImageItems, chosen: range) -> dict[str, list]:
   columns = {"id": items.ids}
   if isinstance(items, types.Downstream):
-    columns |= {"label": [int(x) for x in items.labels], "split": items.splits}
+    columns |= {
+      "label": [int(x) for x in items.labels],
+      "split": items.splits,
+      "group": items.groups or items.ids,
+    }
   if isinstance(items, types.MemorySource):
     columns |= {"text": items.texts, **items.columns}
   return {n: [c[i] for i in chosen] for n, c in columns.items()}

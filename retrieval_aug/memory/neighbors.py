@@ -112,6 +112,13 @@ def find(
   for name, value in (("k", k), ("recall_sample", recall_sample)):
     if value < 1:
       raise UserError(f"config.search.{name}={value}: must be at least 1.")
+  # Keys as stored, transformed and of unit length; per query, what is written.
+  held = memory.rows * (2 + 4 + 4) * memory.dims + queries.rows * 12 * k
+  disk = queries.rows * (12 * k + 2 * (key_dims or memory.dims) + 100)
+  progress.note(
+    f"search: {queries.rows:,} queries in {memory.rows:,} keys, about "
+    f"{disk / 1e6:,.0f} MB on disk, {held / 1e6:,.0f} MB of memory"
+  )
   with files.lock(artifact.folder):
     artifact.start()
     raw_keys, raw_queries = memory.keys(), queries.keys()

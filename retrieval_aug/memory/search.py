@@ -151,8 +151,9 @@ class Scann:
     # At least 150 rows a leaf: with fewer, `min_partition_size` merges leaves
     # and recall collapses without a word.
     leaves = int(min(np.sqrt(n) * 2, n / 150))
-    # A third more than k rows must be in the leaves searched, at the least.
-    searched = int(np.ceil(max(leaves * 0.05, 4 * k * leaves / n, 10)))
+    # The leaves searched hold many times k rows: what is nearest to a query
+    # near a border is spread over several of them.
+    searched = int(np.ceil(max(leaves * 0.1, 10 * k * leaves / n, 10)))
     reorder = min(4 * (k + _MARGIN), n)
     self.parameters = {
       "kind": "tree_ah",

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -168,6 +169,15 @@ def train(runs: list[Run], data: Data) -> None:
     data.memory,
     data.arrays("train", k),
     data.class_counts,
+  )
+  # Three copies of the parameters (Adam's two moments), working set once.
+  shapes = jax.eval_shape(trainer.init, 0)
+  state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  working_set = sum(x.nbytes for x in data.memory)
+  progress.note(
+    f"train {todo[0].model_name}: {len(todo)} runs of {trainer.total_steps:,} "
+    f"steps, about {state / 1e6:,.1f} MB of state and {working_set / 1e6:,.0f} "
+    f"MB of working set in memory, {len(todo) * state / 1e6:,.1f} MB on disk"
   )
   for run in todo:
     artifact = run.artifact

@@ -269,7 +269,11 @@ def test_a_nan_embedding_is_refused_and_nothing_of_its_shard_written(
     table.Table(tmp_path)
 
 
-def test_estimate_counts_two_bytes_a_number(memory):
-  assert embed.estimate(memory, 100_000, 200_000) == (
-    "embed tiny memory: 23 items, about 14 MB on disk"
-  )
+def test_estimate_counts_rows_dims_and_weights(memory):
+  class Fake:
+    def __init__(self, dim):
+      self.dim, self.params = dim, {"w": np.zeros(250_000, np.float32)}
+
+  line = embed.estimate(memory, Fake(100_000), Fake(200_000), shard_rows=10)
+  # 23 * 2 * 300,000 bytes; 2 * 10^6 bytes of weights and ten float32 rows.
+  assert "23 items, about 14 MB on disk, 14 MB of memory" in line
