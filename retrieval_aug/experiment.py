@@ -55,7 +55,7 @@ class Experiment:
 
   def search(self) -> bool:
     """Tables to neighbour shards and their working set."""
-    queries, memory = self._tables
+    queries, memory = self.tables
     options = self.settings.search.options()
     worked = False
     if not self._neighbors.is_complete():
@@ -81,7 +81,7 @@ class Experiment:
     for name in self.models:
       if not _complete([r.artifact for r in self._runs(name)]):
         worked = True
-        runs.train(self._runs(name), self._data)
+        runs.train(self._runs(name), self.data)
       for run in self._runs(name):
         run.artifact.verify()
     return worked
@@ -93,7 +93,7 @@ class Experiment:
     for name in self.models:
       if not _complete(self._evaluations(name)):
         worked = True
-        runs.evaluate(self._runs(name), self._data, **options)
+        runs.evaluate(self._runs(name), self.data, **options)
       for artifact in self._evaluations(name):
         artifact.verify()
     rows = self._rows()
@@ -115,7 +115,7 @@ class Experiment:
     version = f"{evaluation.fingerprint} {sorted(options.items())}"
     if neighbors_picture.version_of(path) == version:
       return False
-    queries, memory = self._tables
+    queries, memory = self.tables
     examples = runs.read_examples(self._neighbors, queries)
     rows = neighbors_picture.choose(
       examples["train"].labels,
@@ -146,14 +146,14 @@ class Experiment:
     return datasets.load(**self.settings.dataset.options())
 
   @functools.cached_property
-  def _tables(self) -> tuple[Table, Table]:
+  def tables(self) -> tuple[Table, Table]:
     """The query table and the memory table, as the embed stage left them."""
     return Table(self.workdir / "queries"), Table(self.workdir / "memory")
 
   @functools.cached_property
   def _neighbors(self) -> Artifact:
     return neighbors.neighbors_artifact(
-      self.workdir / "neighbors", *self._tables, self.settings.search.as_dict()
+      self.workdir / "neighbors", *self.tables, self.settings.search.as_dict()
     )
 
   @functools.cached_property
@@ -165,14 +165,14 @@ class Experiment:
     )
 
   @functools.cached_property
-  def _data(self) -> runs.Data:
+  def data(self) -> runs.Data:
     for artifact in (self._neighbors, self._working_set):
       if not artifact.is_complete():
         raise UserError(
           f"{artifact.folder}: not finished; run --stages=search first."
         )
     return runs.load_data(
-      runs.read_examples(self._neighbors, self._tables[0]),
+      runs.read_examples(self._neighbors, self.tables[0]),
       neighbors.load_working_set(self._working_set),
       self._working_set.fingerprint,
     )
@@ -207,7 +207,7 @@ class Experiment:
 
   def _labels(self) -> dict[str, list[int]]:
     """Labels of each split, in table order."""
-    queries = self._tables[0]
+    queries = self.tables[0]
     out: dict[str, list[int]] = {}
     for split, label in zip(queries.column("split"), queries.column("label")):
       out.setdefault(split, []).append(label)

@@ -1,0 +1,129 @@
+"""Chooses settings without the test split: grouped cross-validation.
+
+python benchmarks/choose.py --config=configs/emoji.py --workdir=DIR \
+  --model=mam --vary=query_dropout=0,0.5,0.8 --vary=train.tau=0,0.25,0.5,1
+
+DIR must hold the finished embed and search stages. The training and validation
+examples are dealt to folds by class, near copies together; each setting is
+changed alone, from what the config file says, and a model is trained on all
+folds but one and asked about that one, in turn. The last line of a table is
+the config as it is. The test split is never read.
+"""
+
+import ast
+import pathlib
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from retrieval_aug import config as configs
+from retrieval_aug import models
+from retrieval_aug.evaluation import accuracy
+from retrieval_aug.experiment import Experiment
+from retrieval_aug.training import loop
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the finished search stage.")
+_MODEL = flags.DEFINE_string("model", "mam", "Which model to vary.")
+_VARY = flags.DEFINE_multi_string(
+  "vary", [], "NAME=V1,V2,...: an option of the model, or train.NAME."
+)
+_FOLDS = flags.DEFINE_integer("folds", 5, "Number of folds.")
+
+
+def deal(labels: np.ndarray, groups: list[str], folds: int) -> np.ndarray:
+  """A fold for each example: int [N]. Groups stay whole, classes are spread.
+
+  Args:
+    labels: int [N].
+    groups: [N] names of near copies.
+    folds: number of folds.
+  """
+  fold_of: dict[str, int] = {}
+  for label in np.unique(labels):
+    members = sorted({g for g, x in zip(groups, labels) if x == label})
+    # Classes start at different folds, so that small ones do not fill the
+    # first folds alone.
+    for i, group in enumerate(members):
+      fold_of.setdefault(group, (i + int(label)) % folds)
+  return np.array([fold_of[g] for g in groups])
+
+
+def score(
+  data: dict[str, np.ndarray],
+  fold: np.ndarray,
+  memory,
+  num_classes: int,
+  name: str,
+  options: dict,
+  settings: dict,
+) -> float:
+  """Top-1 accuracy in percent over all held-out folds."""
+  settings = dict(settings)
+  k, _ = settings.pop("k"), settings.pop("seeds")
+  data = data | {"rows": data["rows"][:, :k]}
+  model = models.build(name, num_classes, **options)
+  correct = []
+  for held in range(fold.max() + 1):
+    train = {n: x[fold != held] for n, x in data.items()}
+    test = {n: x[fold == held] for n, x in data.items()}
+    # A class may have all its examples in the held-out fold: its prior is
+    # then that of one example.
+    counts = np.bincount(train["label"], minlength=num_classes)
+    trainer = loop.Trainer(
+      model,
+      loop.TrainSettings(**settings),
+      memory,
+      train,
+      np.maximum(counts, 1),
+    )
+    params = trainer.run(held, what=f"{name} fold {held}")
+    logits, _ = loop.predict(model, params, trainer.memory, test, 256)
+    correct.append(accuracy.top_k_correct(logits, test["label"], 1))
+  return 100 * float(np.concatenate(correct).mean())
+
+
+def main(_):
+  logging.set_verbosity(logging.ERROR)
+  experiment = Experiment(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+  shared = experiment.data
+  queries = experiment.tables[0]
+  group_of = dict(zip(queries.column("id"), queries.column("group")))
+  splits = ("train", "val")
+  parts = [shared.arrays(s, shared.rows[s].shape[1]) for s in splits]
+  data = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
+  ids = [i for s in splits for i in shared.examples[s].ids]
+  fold = deal(data["label"], [group_of[i] for i in ids], _FOLDS.value)
+
+  name = _MODEL.value
+  section = getattr(experiment.settings.model, name)
+  options = section.options("train")
+  train = configs.train_settings(experiment.settings, name)
+  trials = []
+  for text in _VARY.value:
+    key, _, values = text.partition("=")
+    for value in ast.literal_eval(f"({values},)"):
+      trials.append((f"{key}={value}", key, value))
+  trials.append(("as configured", "", None))
+  print(f"| {name} | {_FOLDS.value}-fold top-1 |\n|---|---|", flush=True)
+  for label, key, value in trials:
+    own_options, own_train = dict(options), dict(train)
+    if key.startswith("train."):
+      own_train[key.removeprefix("train.")] = value
+    elif key:
+      own_options[key] = value
+    found = score(
+      data,
+      fold,
+      shared.memory,
+      len(shared.class_counts),
+      name,
+      own_options,
+      own_train,
+    )
+    print(f"| {label} | {found:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)
