@@ -166,6 +166,7 @@ class Experiment:
 
   @functools.cached_property
   def data(self) -> runs.Data:
+    """What every run sees; needs the search stage to be finished."""
     for artifact in (self._neighbors, self._working_set):
       if not artifact.is_complete():
         raise UserError(

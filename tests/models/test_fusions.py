@@ -123,6 +123,11 @@ CORE = (
   "retformer_vanilla",
 )
 core_cases = pytest.mark.parametrize("case", [CASES[n] for n in CORE], ids=CORE)
+# RetFormer reads class tokens, which are never masked.
+KEEPERS = [n for n in CORE if CASES[n].keeps_query]
+query_cases = pytest.mark.parametrize(
+  "case", [CASES[n] for n in KEEPERS], ids=KEEPERS
+)
 PLAIN = ("mean_knn", "mam", "retformer")
 plain_cases = pytest.mark.parametrize(
   "case", [CASES[n] for n in PLAIN], ids=PLAIN
@@ -310,11 +315,9 @@ def test_no_mask_equals_all_true(case):
   np.testing.assert_array_equal(with_mask, without)
 
 
-@core_cases
+@query_cases
 @pytest.mark.parametrize("k", [0, K])
 def test_all_masked_returns_the_query_exactly(case, k):
-  if not case.keeps_query:
-    pytest.skip("reads class tokens, which are never masked")
   query, keys, values, _ = case.inputs(9)
   mask = np.zeros((B, K), bool)
   module = case.module()
@@ -431,6 +434,25 @@ def test_dropouts_act_in_training_only_and_need_their_rng(case):
     assert np.all(np.isclose(total, 1.0) | (total == 0.0))
   with pytest.raises(Exception, match="dropout"):
     train()
+
+
+@query_cases
+def test_query_dropout_acts_on_the_residual_alone(case):
+  inputs = case.inputs(19, d=401)
+  module = case.module(query_dropout=0.25)
+  params = make_params(module, inputs)
+  quiet, weights = run(module, params, inputs)
+  refined, same = run(
+    module, params, inputs, train=True, rngs={"dropout": jax.random.key(0)}
+  )
+  np.testing.assert_array_equal(weights, same)
+  # What is left of z, after what the neighbors add is taken off.
+  left = np.asarray(refined) - (np.asarray(quiet) - inputs[0])
+  dropped = np.abs(left) < 1e-4
+  assert 0.2 < dropped.mean() < 0.3
+  np.testing.assert_allclose(
+    left[~dropped], (inputs[0] / 0.75)[~dropped], rtol=1e-4, atol=1e-4
+  )
 
 
 @core_cases
