@@ -1,6 +1,6 @@
 """Chooses settings without the test split: grouped cross-validation.
 
-python benchmarks/choose.py --config=configs/emoji.py --workdir=DIR \
+python -m benchmarks.choose --config=configs/emoji.py --workdir=DIR \
   --model=mam --vary=query_dropout=0,0.5,0.8 --vary=train.tau=0,0.25,0.5,1
 
 DIR must hold the finished embed and search stages. The training and validation

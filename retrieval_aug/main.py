@@ -63,10 +63,10 @@ def run(config: Any, workdir: pathlib.Path, stages: list[str]) -> str:
     if "evaluate" in stages:
       text = f"{experiment.text()}\n{_seconds(workdir)}"
   if set(stages) == set(STAGES):
-    unread = experiment.settings.unread()
-    for name in configs.changed(config):
-      if name in unread:
-        progress.note(f"note: config.{name} was set, but nothing read it")
+    unread = set(experiment.settings.unread()) & set(configs.changed(config))
+    if unread:
+      names = ", ".join(f"config.{name}" for name in sorted(unread))
+      progress.note(f"note: set, but read by nothing: {names}")
   return text
 
 

@@ -34,6 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.epochs = 6.0
   c.train.checkpoint_epochs = 1.0
   c.model.name = "mean_knn,mam"
+  # Little dropout: there are few steps to learn in.
+  c.model.mam.train.epochs = 6.0
+  c.model.mam.dropout = 0.0
+  c.model.mam.query_dropout = 0.1
   c.model.mlp.hidden_dim = 13  # which nobody reads: the job says so
   c.report.queries = 2
   c.report.neighbors = 3

@@ -128,7 +128,8 @@ class TestAFullRun:
       x for x in finished[1].stderr.splitlines() if x.startswith("note:")
     ]
     assert notes == [
-      "note: config.model.mlp.hidden_dim was set, but nothing read it"
+      "note: set, but read by nothing: config.model.mlp.dropout, "
+      "config.model.mlp.hidden_dim"
     ]
 
   def test_leaves_no_temporary_files(self, finished):
