@@ -199,12 +199,22 @@ class Experiment:
     return [runs.evaluation_artifact(r, shot_groups) for r in self._runs(name)]
 
   def _rows(self) -> list[dict[str, Any]]:
-    """Result rows of the models asked for."""
+    """Result rows of the models asked for, and of those evaluated before."""
     out = []
-    for name in self.models:
-      metrics = [a.info()["metrics"] for a in self._evaluations(name)]
-      out += result_table.rows(name, metrics)
+    for name in configs.MODELS:
+      if name in self.models or self._evaluated_before(name):
+        metrics = [a.info()["metrics"] for a in self._evaluations(name)]
+        out += result_table.rows(name, metrics)
     return out
+
+  def _evaluated_before(self, name: str) -> bool:
+    """Whether this folder has the model's results, with these settings."""
+    if not (self.workdir / "runs" / name).exists():
+      return False
+    try:
+      return _complete(self._evaluations(name))
+    except UserError:  # of other settings: not of this table
+      return False
 
   def _labels(self) -> dict[str, list[int]]:
     """Labels of each split, in table order."""

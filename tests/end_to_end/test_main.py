@@ -132,6 +132,23 @@ class TestAFullRun:
       "config.model.mlp.hidden_dim"
     ]
 
+  def test_asking_for_one_model_keeps_the_rows_of_the_other(
+    self, finished, copied
+  ):
+    config = _config()
+    config.model.name = "mam"
+    main.run(config, copied, ["evaluate"])
+    name = "results.csv"
+    assert (copied / name).read_bytes() == (finished[0] / name).read_bytes()
+
+  def test_results_of_other_settings_are_left_out(self, copied):
+    config = _config()
+    config.model.name = "mam"
+    config.model.mean_knn.dropout = 0.25
+    main.run(config, copied, ["evaluate"])
+    rows = json.loads((copied / "results.json").read_text())
+    assert {row["model"] for row in rows} == {"mam"}
+
   def test_leaves_no_temporary_files(self, finished):
     names = [p.name for p in finished[0].rglob("*")]
     assert not [n for n in names if n.startswith(".tmp-")]
