@@ -195,7 +195,9 @@ def embed_texts(
 
   Texts of similar length share a batch, so that little is padding.
   """
-  apply = _jitted(encoder)
+  # jit keeps its compilations by function, so calls for other shards share
+  # them.
+  apply = jax.jit(encoder.apply)
   distinct = sorted(set(texts), key=lambda t: (len(t), t))
   rows = {}
   for start in range(0, len(distinct), batch_size):
@@ -204,16 +206,6 @@ def embed_texts(
     out = np.asarray(apply(encoder.params, encoder.prepare(filled)))
     rows.update(zip(batch, out))
   return np.stack([rows[t] for t in texts])
-
-
-_JITTED: dict[int, Any] = {}
-
-
-def _jitted(encoder: Encoder) -> Callable[[Any, Any], jax.Array]:
-  """One jitted function an encoder, so that shards share its compilations."""
-  if id(encoder) not in _JITTED:
-    _JITTED[id(encoder)] = (encoder, jax.jit(encoder.apply))
-  return _JITTED[id(encoder)][1]
 
 
 def _metadata(items: types.ImageItems, chosen: range) -> dict[str, list]:
