@@ -36,6 +36,14 @@ RUN = [
   "resvg-py>=0.5.0,<0.6",
 ]
 
+# Memories past one machine: Apache Beam, with Dask as a cluster of one's own,
+# and the engines of faiss.
+SCALE = [
+  "apache-beam[tfrecord,dask]>=2.77,<2.78",
+  "google-crc32c>=1.6",
+  "faiss-cpu>=1.15",
+]
+
 TEST = [
   "pytest>=8.3",
   "pytest-xdist>=3.6",
@@ -55,5 +63,9 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["retrieval_aug", "retrieval_aug.*"]),
   install_requires=CORE,
-  extras_require={"run": RUN, "test": RUN + TEST},
+  extras_require={
+    "run": RUN,
+    "scale": RUN + SCALE,
+    "test": RUN + SCALE + TEST,
+  },
 )

@@ -18,9 +18,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import folds
-from retrieval_aug import config as configs
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.experiment import Experiment
+from retrieval_aug.settings import train_settings
 from retrieval_aug.training import loop, runs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
@@ -75,7 +75,7 @@ def main(_):
   name = _MODEL.value
   section = getattr(experiment.settings.model, name)
   options = section.options("train")
-  train = configs.train_settings(experiment.settings, name)
+  train = train_settings(experiment.settings, name)
   trials = []
   for text in _VARY.value:
     key, _, values = text.partition("=")

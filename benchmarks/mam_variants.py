@@ -29,11 +29,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import folds
-from retrieval_aug import config as configs
 from retrieval_aug import models
 from retrieval_aug.common import files, progress
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.experiment import Experiment
+from retrieval_aug.settings import train_settings
 from retrieval_aug.training import input_pipeline, optimizer, step
 from retrieval_aug.training import loss as losses
 
@@ -90,7 +90,7 @@ class Problem(NamedTuple):
 def problem(experiment: Experiment, count: int, epochs: float) -> Problem:
   """Training and validation examples, dealt to folds."""
   data, fold = folds.dealt(experiment, "mam", count)
-  train = configs.train_settings(experiment.settings, "mam")
+  train = train_settings(experiment.settings, "mam")
   # At one rate for all: a tenth for psi, as configs/emoji.py has it, would
   # favor the identity, which needs to move less.
   train |= {"epochs": epochs, "lr_factors": ()}

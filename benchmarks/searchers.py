@@ -1,7 +1,7 @@
 """Core-seconds of our searchers: to build an index, and to search it.
 
   python -m benchmarks.searchers [--keys=100000] [--queries=1000] [--dim=768]
-    [--neighbors=100] [--kinds=exact,scann]
+    [--neighbors=100] [--kinds=exact,ivf,scann]
 
 Prints, for each searcher, the core-seconds a key of building its index, those
 a key and query of a search that is compiled already, and the recall of 100
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_aug.memory import search
+from retrieval_aug.memory import search, searchers
 
 # Keys of a cluster, and dims in which they are spread.
 CLUSTER, SPREAD = 1000, 48
@@ -43,7 +43,7 @@ def measure(
   num_queries: int,
   dim: int,
   k: int,
-  kinds: Sequence[str] = ("exact", "scann"),
+  kinds: Sequence[str] = ("exact", "ivf", "scann"),
 ) -> dict[str, Rates]:
   """Builds indexes of random keys, and searches them.
 
@@ -52,7 +52,7 @@ def measure(
     num_queries: that are asked.
     dim: of keys and queries.
     k: neighbors of each query.
-    kinds: of searchers, see `search.build`.
+    kinds: of searchers, see `searchers.KINDS`.
 
   Returns:
     Rates by searcher.
@@ -67,7 +67,7 @@ def measure(
   rates = {}
   for kind in kinds:
     start = time.process_time()
-    engine = search.build(kind, keys, k)
+    engine = searchers.build(kind, keys, search.wanted(k, num_keys))
     build = time.process_time() - start
     engine.candidates(queries, k)  # compiles
     start = time.process_time()
@@ -88,7 +88,7 @@ def main() -> None:
   parser.add_argument("--queries", type=int, default=1000)
   parser.add_argument("--dim", type=int, default=768)
   parser.add_argument("--neighbors", type=int, default=100)
-  parser.add_argument("--kinds", default="exact,scann")
+  parser.add_argument("--kinds", default="exact,ivf,scann")
   flags = parser.parse_args()
   sizes = (flags.keys, flags.queries, flags.dim, flags.neighbors)
   for kind, rates in measure(*sizes, flags.kinds.split(",")).items():

@@ -1,12 +1,10 @@
-"""Defaults of every setting, and a view of them that notes what was read.
+"""Defaults of every setting.
 
 A file in `configs/` starts from `defaults()` and sets what differs. The dict
 is locked, so a misspelt name is an error there and on the command line.
 """
 
-import difflib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -56,6 +54,14 @@ def defaults() -> ml_collections.ConfigDict:
   # Of texts: none | captions (entities, invisible characters, white space) |
   # web (addresses and names of image files, too); see encoders/prompts.py.
   c.memory.clean = "none"
+  # Whether memory items that are near copies of val or test examples are left
+  # out; of training examples, from their own neighbours.
+  c.memory.exclude_leaks = False
+  # Cosine, of keys less their mean, from which on images are compared.
+  c.memory.leak_cosine = 0.5
+  # Examples of each split that are looked at for copies; 0 is none, -1 is all,
+  # as with exclude_leaks.
+  c.memory.leak_sample = 500
   c.memory.filters = ml_collections.ConfigDict()
   c.memory.filters.min_size = 0  # pixels of the shorter side
   c.memory.filters.licenses = ""  # those that are kept, with commas
@@ -81,15 +87,40 @@ def defaults() -> ml_collections.ConfigDict:
   c.embed.threads = 4  # that decode or render images
   # That do so instead, for images whose decoding holds Python's lock.
   c.embed.processes = 0
+  # Each file of config.memory.pairs is listed and embedded on its own, by
+  # whichever worker takes it; for memories that no one machine should list.
+  c.embed.by_file = False
 
   c.search = ml_collections.ConfigDict()
-  c.search.searcher = "auto"  # auto | exact | scann
+  # auto | exact | ivf | scann | faiss_hnsw | faiss_ivf; auto takes what is
+  # fastest by a measurement, with the recall asked for.
+  c.search.searcher = "auto"
   c.search.k = 100
   c.search.key_transform = "none"  # none | center | pca | whiten
   c.search.key_dims = 0  # of pca and whiten; 0 keeps all
   c.search.recall_sample = 500  # queries on which recall is measured
-  c.search.min_recall = 0.95  # of the searcher against exact search
+  c.search.recall_target = 0.95  # of the searcher against exact search
+  c.search.on_low_recall = "fail"  # fail | warn
   c.search.shard_rows = 16384  # examples a neighbour shard
+  # Rows of the memory that one index is built over; 0: what memory_gb holds.
+  c.search.index_rows = 0
+  c.search.memory_gb = 0.0  # for them, in 10^9 bytes; 0: half of what is free
+  c.search.groups = 1  # workers that share the index shards
+  # Of each searcher; 0 is tuned.
+  c.search.ivf = ml_collections.ConfigDict({"lists": 0, "probes": 0})
+  c.search.scann = ml_collections.ConfigDict(
+    {
+      "leaves": 0,
+      "leaves_to_search": 0,
+      "reorder": 0,
+      "reorder_type": "float32",  # float32 | bfloat16 | int8
+      "soar": False,
+    }
+  )
+  c.search.faiss_hnsw = ml_collections.ConfigDict(
+    {"m": 32, "ef_construction": 64, "ef_search": 0}
+  )
+  c.search.faiss_ivf = ml_collections.ConfigDict({"lists": 0, "probes": 0})
 
   c.train = ml_collections.ConfigDict()
   c.train.seeds = 3
@@ -301,116 +332,3 @@ def _as_type_of(default: Any, text: str) -> Any:
   if text not in ("True", "False"):  # bool("False") is True
     raise ValueError("expected True or False")
   return text == "True"
-
-
-class Settings:
-  """A read-only view of a ConfigDict that remembers which keys were read."""
-
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    _read: set[str] | None = None,
-    _prefix: str = "",
-  ):
-    self._config = config
-    self._names_read = set() if _read is None else _read
-    self._prefix = _prefix
-
-  def __getattr__(self, name: str) -> Any:
-    if name.startswith("_"):
-      raise AttributeError(name)
-    return self._get(name)
-
-  def _get(self, name: str) -> Any:
-    """A setting or section, also if a method of this class is called so."""
-    if name not in self._config:
-      raise AttributeError(f"config has no {self._prefix}{name}")
-    value = self._config[name]
-    if isinstance(value, ml_collections.ConfigDict):
-      return Settings(value, self._names_read, f"{self._prefix}{name}.")
-    self._names_read.add(self._prefix + name)
-    return value
-
-  def options(self, *without: str) -> dict[str, Any]:
-    """All keys of this section but `without`, each counted as read."""
-    return {n: self._get(n) for n in self._config if n not in without}
-
-  def names(self) -> list[str]:
-    """Names of the keys and sections of this section."""
-    return list(self._config)
-
-  def as_dict(self) -> dict[str, Any]:
-    """This section as a dict, for a fingerprint; nothing counts as read."""
-    return self._config.to_dict()
-
-  def mark_read(self) -> None:
-    """Counts the whole section as read: a finished stage had read it."""
-    self._names_read.update(self._prefix + n for n in _leaves(self._config))
-
-  def unread(self) -> list[str]:
-    """Names of leaf keys of the whole config that nobody has read."""
-    return [n for n in _leaves(self._config) if n not in self._names_read]
-
-
-def _leaves(config: ml_collections.ConfigDict) -> Iterator[str]:
-  for name in config:
-    value = config.get_ref(name).get()
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from (f"{name}.{inner}" for inner in _leaves(value))
-    else:
-      yield name
-
-
-def changed(config: ml_collections.ConfigDict) -> list[str]:
-  """Dotted names of leaves whose value is not the default."""
-  base = dict(_flat(defaults()))
-  return [n for n, v in _flat(config) if n not in base or base[n] != v]
-
-
-def _flat(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any]]:
-  for name in _leaves(config):
-    value = config
-    for part in name.split("."):
-      value = value[part]
-    yield name, value
-
-
-def unknown_key_error(name: str, known: list[str]) -> UserError:
-  """The error for a key that does not exist, naming the nearest that does."""
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  if not near:  # the right name in the wrong section
-    last = name.rsplit(".", 1)[-1]
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = [tails[t] for t in difflib.get_close_matches(last, list(tails), n=1)]
-  hint = f"did you mean config.{near[0]}?" if near else "see --help"
-  return UserError(f"config.{name}: no such setting; {hint}")
-
-
-def check_overrides(
-  arguments: list[str], config: ml_collections.ConfigDict
-) -> None:
-  """Raises for a `--config.x.y=...` whose key the config does not have."""
-  known = list(_leaves(config))
-  for argument in arguments:
-    match = re.match(r"--?config\.([\w.]+)", argument)
-    if match and match[1] not in known:
-      raise unknown_key_error(match[1], known)
-
-
-def models(settings: Settings) -> list[str]:
-  """The models that `model.name` asks for, in table order."""
-  text = settings.model.name
-  names = list(MODELS) if text == "all" else re.split(r"[,\s]+", text.strip())
-  for name in names:
-    if name not in MODELS:
-      near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
-      hint = f"did you mean {near[0]}?" if near else f"one of {MODELS}"
-      raise UserError(f"config.model.name={text}: no model {name!r}; {hint}")
-  return [name for name in MODELS if name in names]
-
-
-def train_settings(settings: Settings, model: str) -> dict[str, Any]:
-  """The training section as `model` sees it: its own values first."""
-  common = settings.train.options()
-  own = getattr(settings.model, model).train.options()
-  return common | {k: v for k, v in own.items() if v is not None}

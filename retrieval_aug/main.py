@@ -5,11 +5,16 @@ python -m retrieval_aug.main --config=configs/emoji.py --workdir=DIR
 Stages: embed, search, train, evaluate, report. What is finished is not done
 again; what was made from other settings is refused, never reused. Any setting
 can be given on the command line: --config.model.name=mam.
+
+With --beam the stages embed and search run on Apache Beam; with --estimate
+nothing runs, and what they would need is printed.
 """
 
+import errno
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 import time
 from typing import Any
@@ -18,10 +23,12 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from retrieval_aug import config as configs
 from retrieval_aug.common import files, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.experiment import Experiment
+from retrieval_aug.memory import pipeline
+from retrieval_aug.retrieval.stages import Runner, run_here
+from retrieval_aug.settings import changed, check_overrides
 
 STAGES = ("embed", "search", "train", "evaluate", "report")
 
@@ -34,15 +41,31 @@ _WORKDIR = flags.DEFINE_string(
 _STAGES = flags.DEFINE_list(
   "stages", list(STAGES), f"Which stages to run, of {','.join(STAGES)}."
 )
+_BEAM = flags.DEFINE_string(
+  "beam",
+  None,
+  "Pipeline options of Apache Beam, which then runs embed and search; for "
+  "example '--direct_running_mode=multi_processing --direct_num_workers=4'. "
+  "See docs/beam.md.",
+)
+
+# A disk, or what a user may have of it, is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run(config: Any, workdir: pathlib.Path, stages: list[str]) -> str:
+def run(
+  config: Any,
+  workdir: pathlib.Path,
+  stages: list[str],
+  runner: Runner = run_here,
+) -> str:
   """Runs the missing ones of `stages`.
 
   Args:
     config: from a file of `configs/`.
     workdir: made if it does not exist.
     stages: some of `STAGES`.
+    runner: does the jobs of embed and search.
 
   Returns:
     The final table, with the class counts of the groups, the measured recall
@@ -54,7 +77,7 @@ def run(config: Any, workdir: pathlib.Path, stages: list[str]) -> str:
   for stage in stages:
     if stage not in STAGES:
       raise UserError(f"--stages={stage}: not one of {', '.join(STAGES)}.")
-  experiment = Experiment(config, workdir)
+  experiment = Experiment(config, workdir, runner)
   with files.lock(workdir):
     for stage in STAGES:
       if stage in stages:
@@ -63,7 +86,7 @@ def run(config: Any, workdir: pathlib.Path, stages: list[str]) -> str:
     if "evaluate" in stages:
       text = f"{experiment.text()}\n{_seconds(workdir)}"
   if set(stages) == set(STAGES):
-    unread = set(experiment.settings.unread()) & set(configs.changed(config))
+    unread = set(experiment.settings.unread()) & set(changed(config))
     if unread:
       names = ", ".join(f"config.{name}" for name in sorted(unread))
       progress.note(f"note: set, but read by nothing: {names}")
@@ -112,7 +135,7 @@ def _explain(arguments: list[str], error: Exception) -> str:
       # Not the defaults: a dataset's options are known to its file alone.
       get_config = runpy.run_path(match[1])["get_config"]
       config = get_config(match[2]) if match[2] else get_config()
-      configs.check_overrides(arguments, config)
+      check_overrides(arguments, config)
     except UserError as unknown:
       return str(unknown)
     except Exception:  # the file itself is wrong, which `message` says
@@ -136,10 +159,22 @@ def main(arguments: list[str]) -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     _fail(f"--config={name}: no such file; see configs/.")
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every step it takes
+  runner = run_here
+  if _BEAM.value is not None:
+    options = shlex.split(_BEAM.value)
+    runner = lambda job, recipe: pipeline.run(recipe, options, job)
+  workdir = pathlib.Path(_WORKDIR.value)
   try:
-    text = run(_CONFIG.value, pathlib.Path(_WORKDIR.value), list(_STAGES.value))
+    text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
   except UserError as error:
     _fail(str(error))
+  except OSError as error:
+    if error.errno not in _FULL:
+      raise
+    _fail(
+      f"{error.filename or workdir}: no space left ({error.strerror}); nothing "
+      "that was finished is lost: free some, and give the same command again."
+    )
   except KeyboardInterrupt:
     _fail("interrupted; the same command goes on where this one stopped.")
   if text:

@@ -11,6 +11,13 @@ import pytest
 from retrieval_aug import config as configs
 from retrieval_aug import datasets, encoders, models
 from retrieval_aug.common.errors import UserError
+from retrieval_aug.settings import (
+  Settings,
+  changed,
+  check_overrides,
+  chosen_models,
+  train_settings,
+)
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -40,14 +47,14 @@ class TestUnknownKeys:
   )
   def test_on_the_command_line_name_the_nearest(self, config, argument, hint):
     with pytest.raises(UserError) as caught:
-      configs.check_overrides(["main", argument], config)
+      check_overrides(["main", argument], config)
     message = str(caught.value)
     name = re.match(r"-+(config[^=]+)", argument)[1]
     assert message.startswith(f"{name}: no such setting; ")
     assert hint in message
 
   def test_known_keys_and_other_flags_pass(self, config):
-    configs.check_overrides(
+    check_overrides(
       ["main", "--config=configs/a.py", "--config.train.k=3", "--workdir=x"],
       config,
     )
@@ -90,16 +97,16 @@ class TestArguments:
 
 class TestSettings:
   def test_sections_are_seen_by_name(self, config):
-    settings = configs.Settings(config)
+    settings = Settings(config)
     assert settings.train.batch_size == 512
     assert settings.model.mam_paper.num_layers == 8
 
   def test_a_name_that_is_not_there_says_where(self, config):
     with pytest.raises(AttributeError, match="config has no train.k2"):
-      _ = configs.Settings(config).train.k2
+      _ = Settings(config).train.k2
 
   def test_only_what_was_read_counts_as_read(self, config):
-    settings = configs.Settings(config)
+    settings = Settings(config)
     _ = settings.train.batch_size, settings.search.options("k")
     unread = settings.unread()
     assert "train.batch_size" not in unread
@@ -108,26 +115,26 @@ class TestSettings:
 
   def test_options_may_be_called_as_a_method_is(self, config):
     config.dataset = ml_collections.ConfigDict({"name": "x", "names": "common"})
-    settings = configs.Settings(config)
+    settings = Settings(config)
     assert settings.dataset.options() == {"name": "x", "names": "common"}
 
   def test_a_dict_for_a_fingerprint_counts_nothing_as_read(self, config):
-    settings = configs.Settings(config)
+    settings = Settings(config)
     assert settings.search.as_dict()["k"] == 100
     assert "search.k" in settings.unread()
 
   def test_a_marked_section_is_read_as_a_whole(self, config):
-    settings = configs.Settings(config)
+    settings = Settings(config)
     settings.model.mam.mark_read()
     unread = settings.unread()
     assert not [n for n in unread if n.startswith("model.mam.")]
     assert "model.mlp.hidden_dim" in unread
 
   def test_changed_names_what_is_not_the_default(self, config):
-    assert configs.changed(config) == []
+    assert changed(config) == []
     config.train.epochs = 3.0
     config.model.mam.train.tau = 0.5
-    assert sorted(configs.changed(config)) == [
+    assert sorted(changed(config)) == [
       "model.mam.train.tau",
       "train.epochs",
     ]
@@ -136,7 +143,7 @@ class TestSettings:
 class TestModels:
   def _models(self, config, text):
     config.model.name = text
-    return configs.models(configs.Settings(config))
+    return chosen_models(Settings(config))
 
   @pytest.mark.parametrize(
     ("text", "expected"),
@@ -166,7 +173,7 @@ class TestModels:
 
 @pytest.mark.parametrize("name", configs.MODELS)
 def test_a_models_section_is_all_its_options_with_their_defaults(config, name):
-  section = getattr(configs.Settings(config).model, name).options("train")
+  section = getattr(Settings(config).model, name).options("train")
   known = models.options(name)
   # Filled in from the data, and parameters that are never trained.
   known.pop("max_neighbors", None)
@@ -184,7 +191,7 @@ def test_every_model_has_a_section():
 def test_a_temperature_may_be_a_number_or_learned(config):
   config.model.mam.attention_temperature = 0.5
   config.model.mam.attention_temperature = "learned"
-  options = configs.Settings(config).model.mam.options("train")
+  options = Settings(config).model.mam.options("train")
   assert models.build("mam", 3, **options).fusion is not None
 
 
@@ -193,31 +200,31 @@ class TestTrainSettings:
     config.train.epochs = 7.0
     config.train.tau = 2.0
     config.model.mam.train.epochs = 3.0
-    settings = configs.Settings(config)
-    mam = configs.train_settings(settings, "mam")
-    linear = configs.train_settings(settings, "linear")
+    settings = Settings(config)
+    mam = train_settings(settings, "mam")
+    linear = train_settings(settings, "linear")
     assert (mam["epochs"], mam["tau"]) == (3.0, 2.0)
     assert (linear["epochs"], linear["tau"]) == (7.0, 2.0)
 
   def test_zero_is_a_value_of_its_own(self, config):
     config.model.mlp.train.weight_decay = 0.0
-    settings = configs.Settings(config)
-    assert configs.train_settings(settings, "mlp")["weight_decay"] == 0.0
+    settings = Settings(config)
+    assert train_settings(settings, "mlp")["weight_decay"] == 0.0
 
 
 class TestFineTuning:
   def test_is_asked_for_of_all_models_or_of_one(self, config):
     config.model.mam.train.finetune = True
     config.model.mam.train.augment = "flip"
-    settings = configs.Settings(config)
-    own = {n: configs.train_settings(settings, n) for n in configs.MODELS}
+    settings = Settings(config)
+    own = {n: train_settings(settings, n) for n in configs.MODELS}
     assert [n for n in own if own[n]["finetune"]] == ["mam"]
     assert own["mam"]["augment"] == "flip" and own["rac"]["augment"] == "none"
 
   def test_of_all_models_leaves_out_the_vote_which_trains_nothing(self, config):
     config.train.finetune = True
-    settings = configs.Settings(config)
-    own = {n: configs.train_settings(settings, n) for n in configs.MODELS}
+    settings = Settings(config)
+    own = {n: train_settings(settings, n) for n in configs.MODELS}
     assert [n for n in own if not own[n]["finetune"]] == ["vote"]
 
   def test_layers_learn_the_less_the_lower_they_are(self):
@@ -229,8 +236,8 @@ class TestFineTuning:
   def test_layer_decay_is_a_value_of_the_setting(self, config):
     pairs = configs.layer_decay(["a", "b"], factor=1.0, decay=0.8)
     config.model.mam.train.lr_factors = pairs
-    settings = configs.Settings(config)
-    assert configs.train_settings(settings, "mam")["lr_factors"] == pairs
+    settings = Settings(config)
+    assert train_settings(settings, "mam")["lr_factors"] == pairs
 
 
 def test_there_are_config_files():
@@ -247,8 +254,8 @@ class TestConfigFiles:
     assert f"--config=configs/{path.name}" in doc
 
   def test_its_models_can_be_built_with_its_options(self, path):
-    settings = configs.Settings(_load(path).get_config())
-    for name in configs.models(settings):
+    settings = Settings(_load(path).get_config())
+    for name in chosen_models(settings):
       options = getattr(settings.model, name).options("train")
       assert models.build(name, 7, **options) is not None
 

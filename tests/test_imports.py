@@ -23,6 +23,8 @@ FLOORS = {
   "config": 1,
   "memory": 2,
   "presets": 2,
+  "settings": 2,
+  "retrieval": 3,
   "training": 3,
   "report": 4,
   "serving": 4,

@@ -18,6 +18,7 @@ from benchmarks import searchers
 from retrieval_aug import config
 from retrieval_aug.encoders import efficientnet_lite, t5, vit
 from retrieval_aug.memory import table
+from retrieval_aug.settings import check_overrides
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "memories.md").read_text(encoding="utf-8")
@@ -133,14 +134,14 @@ def test_every_setting_of_the_page_is_one_of_the_config():
   for source in ("pairs", "embeddings", "manifest", "captions"):
     assert f"--config.memory.{source}" in named
   # Raises for one that is not there.
-  config.check_overrides(sorted(named), config.defaults())
-  config.check_overrides(found, own_data.get_config(""))
+  check_overrides(sorted(named), config.defaults())
+  check_overrides(found, own_data.get_config(""))
 
 
 def test_a_setting_that_does_not_exist_would_be_found():
   wrong = settings("`--config.memory.pears='cc12m/*.tar'`")
   with pytest.raises(config.UserError, match="memory.pairs"):
-    config.check_overrides(wrong, config.defaults())
+    check_overrides(wrong, config.defaults())
 
 
 @pytest.mark.parametrize("lines", [disk_table(), time_table()])

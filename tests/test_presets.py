@@ -12,6 +12,7 @@ from retrieval_aug import config as configs
 from retrieval_aug import presets
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.encoders import efficientnet_lite, transformer, vit
+from retrieval_aug.settings import Settings, chosen_models, train_settings
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -23,7 +24,7 @@ def _apply(text="", **options):
 
 
 def _train(c, model):
-  return configs.train_settings(configs.Settings(c), model)
+  return train_settings(Settings(c), model)
 
 
 def test_the_form_of_the_documentation_sets_all_that_it_names():
@@ -110,7 +111,7 @@ def test_values_are_of_texts_of_images_or_of_both(values, names):
   ],
 )
 def test_all_models_are_those_that_can_see_the_values(text, without):
-  names = configs.models(configs.Settings(_apply(text)))
+  names = chosen_models(Settings(_apply(text)))
   assert set(configs.MODELS) - set(names) == without
 
 

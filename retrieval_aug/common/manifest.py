@@ -19,8 +19,12 @@ from retrieval_aug.common.errors import UserError
 # Raise when the bytes that any stage writes change their meaning.
 FORMAT_VERSION = 1
 
-_MANIFEST = "manifest.json"
+NAME = "manifest.json"  # of the JSON in an artifact's folder
 _RECORDS = ".shards"
+
+# What a folder may hold beside its manifest while nothing is made: a lock, and
+# what workers of a cluster told of units that failed.
+_NOTHING = (files.LOCK, "dead_units.jsonl", ".beam")
 
 
 def fingerprint(value: Any) -> str:
@@ -82,7 +86,7 @@ class Artifact:
     Raises:
       UserError: the folder holds something else; names what differs.
     """
-    path = self.folder / _MANIFEST
+    path = self.folder / NAME
     if not path.exists():
       return False
     manifest = self._read()
@@ -107,7 +111,7 @@ class Artifact:
 
   def start(self) -> None:
     """Says whose folder this is, before its first shard."""
-    if not (self.folder / _MANIFEST).exists() or self._is_bare(self._read()):
+    if not (self.folder / NAME).exists() or self._is_bare(self._read()):
       self._write(complete=False, records={}, info={})
 
   def _is_bare(self, manifest: dict) -> bool:
@@ -117,13 +121,17 @@ class Artifact:
     by other settings.
     """
     inside = {path.name for path in self.folder.iterdir()}
-    return not manifest.get("complete") and inside <= {_MANIFEST, files.LOCK}
+    return not manifest.get("complete") and inside <= {NAME, *_NOTHING}
 
   def record(self, shard: str, names: list[str], info: Any = None) -> None:
     """Notes that `shard` is finished and consists of the files `names`."""
-    record = {"files": {n: _digest(self.folder / n) for n in names}}
+    record = {"files": {n: digest(self.folder / n) for n in names}}
     record["info"] = info
     files.write_json(self.folder / _RECORDS / f"{shard}.json", record)
+
+  def has(self, shard: str) -> bool:
+    """Whether an unfinished artifact has a record of `shard`, unverified."""
+    return (self.folder / _RECORDS / f"{shard}.json").exists()
 
   def recorded(self, shard: str) -> dict | None:
     """The record of a finished shard, its files verified; None if missing."""
@@ -155,8 +163,12 @@ class Artifact:
     return self._read()["info"]
 
   def shards(self) -> dict[str, dict]:
-    """Records of a complete artifact's shards, ordered by name."""
-    return self._read()["shards"]
+    """Records of a complete artifact's shards, by length of name and name.
+
+    So 100000 comes after 99999.
+    """
+    found = self._read()["shards"]
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
 
   def verify(self) -> None:
     """Compares every file with its digest.
@@ -168,7 +180,7 @@ class Artifact:
       self._verify(record["files"])
 
   def _read(self) -> dict:
-    return files.read_json(self.folder / _MANIFEST)
+    return files.read_json(self.folder / NAME)
 
   def _verify(self, digests: dict[str, dict]) -> None:
     for name, digest in digests.items():
@@ -176,7 +188,7 @@ class Artifact:
 
   def _write(self, *, complete: bool, records: dict, info: dict) -> None:
     files.write_json(
-      self.folder / _MANIFEST,
+      self.folder / NAME,
       {
         "kind": self.kind,
         "format_version": FORMAT_VERSION,
@@ -189,7 +201,8 @@ class Artifact:
     )
 
 
-def _digest(path: pathlib.Path) -> dict:
+def digest(path: pathlib.Path) -> dict:
+  """Size and SHA-256 of a file, as a record has them."""
   return {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
 
 

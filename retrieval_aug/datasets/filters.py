@@ -45,6 +45,7 @@ def apply(
   text_max: int = 0,
   text_exclude: str = "",
   text_require: str = "",
+  allow_none: bool = False,
 ) -> MemorySource:
   """The items that pass all filters, in their order.
 
@@ -68,6 +69,7 @@ def apply(
     text_max: likewise.
     text_exclude: regex; a text in which it is found is dropped. "" is off.
     text_require: regex; a text in which it is not found is dropped.
+    allow_none: whether nothing may be left.
 
   Returns:
     `memory` itself if all filters are off.
@@ -106,7 +108,7 @@ def apply(
     rows = rows[kept]
   rows = _of_images(memory, rows, options, dropped)
   told = ", ".join(f"{name} {number:,}" for name, number in dropped.items())
-  if not len(rows):
+  if not len(rows) and not allow_none:
     raise UserError(
       f"{memory.name}: config.memory.filters drop all {len(memory):,} items "
       f"({told}); loosen them.{_hint(memory, options)}"

@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from retrieval_aug.common import progress
@@ -83,23 +83,52 @@ def load(
   Raises:
     UserError: no shards, or a fault; shard and key are named.
   """
-  found = _find(paths)
+  found = find(paths)
   faults = Faults(_OPTION, on_error, max_errors)
-  read = _read(found, faults, digest)
-  shards = [shard for _, shard in read]
-  ids = [name for shard in shards for name in shard.ids]
-  faults.finish(len(ids), len(read))
-  if not ids:
+  listed = read(found, faults, digest)
+  memory = joined(listed)
+  faults.finish(len(memory), len(listed))
+  if not len(memory):
     raise UserError(
       f"{_OPTION}={_told(paths)}: no pairs in {len(found):,} shards; see "
       "whether their downloads failed."
     )
-  absent = sum(shard.absent for shard in shards)
+  absent = sum(shard.absent for _, shard in listed)
   if absent:
     progress.note(
       f"{_OPTION}: {absent:,} rows of failed downloads are left out"
     )
-  sources = [[item.source] * len(shard.ids) for item, shard in read]
+  return memory
+
+
+class Found(NamedTuple):
+  """A shard on disk.
+
+  Attributes:
+    path: absolute.
+    kind: of `_READERS`.
+    source: the folder in which it lies, as short as it can be told.
+    name: that of the file, without its end.
+  """
+
+  path: str
+  kind: str
+  source: str
+  name: str
+
+  @property
+  def prefix(self) -> str:
+    """With which the ids of its pairs begin."""
+    return f"{self.source}/{self.name}/"
+
+
+def joined(
+  listed: Sequence[tuple[Found, pairs_shard.Shard]],
+) -> MemorySource:
+  """The pairs of some shards as one memory; of none, an empty one."""
+  shards = [shard for _, shard in listed]
+  ids = [name for shard in shards for name in shard.ids]
+  sources = [[item.source] * len(shard.ids) for item, shard in listed]
   columns = {
     "source": list(itertools.chain(*sources)),
     **pairs_shard.columns(shards),
@@ -116,10 +145,9 @@ def load(
       "format": _FORMAT,
       "count": len(ids),
       "columns": list(columns),
-      "shards": images.digest_rows(
-        [f"{item.source}/{item.name}" for item, _ in read],
-        [item.kind for item, _ in read],
-        [images.digest_rows(shard.stamps) for shard in shards],
+      "shards": digest_of(
+        [item for item, _ in listed],
+        [images.digest_rows(shard.stamps) for _, shard in listed],
       ),
     },
     texts=[text for shard in shards for text in shard.texts],
@@ -127,20 +155,26 @@ def load(
   )
 
 
-class _Found(NamedTuple):
-  """A shard on disk; its name is that of the file, without its end."""
-
-  path: str
-  kind: str
-  source: str
-  name: str
+def digest_of(found: Sequence[Found], stamps: Sequence[str]) -> str:
+  """What names some shards, each with the digest of its stamps."""
+  names = [f"{item.source}/{item.name}" for item in found]
+  return images.digest_rows(names, [item.kind for item in found], stamps)
 
 
-def _read(
-  found: list[_Found], faults: Faults, digest: str
-) -> list[tuple[_Found, pairs_shard.Shard]]:
-  """The shards that can be read, with what is in them."""
-  read, short = [], []
+def read(
+  found: Sequence[Found], faults: Faults, digest: str
+) -> list[tuple[Found, pairs_shard.Shard]]:
+  """The shards that can be read, with what is in them.
+
+  Args:
+    found: some of `find`.
+    faults: are told of pairs and shards that cannot be read.
+    digest: see `images.stamps`.
+
+  Raises:
+    UserError: one cannot be read, if `faults` says so.
+  """
+  listed, short = [], []
   shards = found
   if len(found) > _MANY:
     shards = progress.bar(
@@ -148,25 +182,31 @@ def _read(
     )
   for item in shards:
     before = faults.pairs
-    prefix = f"{item.source}/{item.name}/"
     try:
-      shard = _READERS[item.kind](item.path, prefix, faults, digest)
+      shard = _READERS[item.kind](item.path, item.prefix, faults, digest)
     except UserError as error:
       faults.shard(error)
       continue
-    read.append((item, shard))
+    listed.append((item, shard))
     if len(shard.ids) + faults.pairs - before < _successes(item.path):
       short.append(item.path)
   if short:
     progress.note(
-      f"warning: {len(short):,} of {len(read):,} shards hold fewer pairs than "
-      f"their _stats.json says were downloaded (first {short[0]})"
+      f"warning: {len(short):,} of {len(listed):,} shards hold fewer pairs "
+      f"than their _stats.json says were downloaded (first {short[0]})"
     )
-  return read
+  return listed
 
 
-def _find(paths: str | Iterable[str]) -> list[_Found]:
-  """The shards that are named, in their order."""
+def find(paths: str | Iterable[str]) -> list[Found]:
+  """The shards that are named, in their order; none is opened.
+
+  Args:
+    paths: as for `load`.
+
+  Raises:
+    UserError: there are none, or one is named twice.
+  """
   kinds: dict[str, str] = {}
   for path, chosen in _named(paths):
     within = _shards_in(path) if os.path.isdir(path) else _kind(path, chosen)
@@ -191,7 +231,7 @@ def _find(paths: str | Iterable[str]) -> list[_Found]:
         f"{_OPTION}: {other} and {path} are one shard in two formats; name one "
         "of them."
       )
-    found.append(_Found(path, kind, source, name))
+    found.append(Found(path, kind, source, name))
   return found
 
 

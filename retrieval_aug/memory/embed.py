@@ -1,17 +1,29 @@
 """The embed stage: images and texts to embedding tables, shard by shard."""
 
 import contextlib
+import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common import manifest, progress
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.datasets import types, vectors
-from retrieval_aug.encoders import Encoder, devices, prefetch
-from retrieval_aug.memory import captions, known_keys, stand_ins, table
+from retrieval_aug.datasets import types
+from retrieval_aug.encoders import Encoder, prefetch
+from retrieval_aug.memory import (
+  captions,
+  dead_letters,
+  embed_stored,
+  jobs,
+  known_keys,
+  table,
+)
+from retrieval_aug.memory.embed_images import ImageEncoders
+from retrieval_aug.memory.embed_shard import Shard, write_images
 
 
 def table_artifact(
@@ -39,7 +51,7 @@ def table_artifact(
     )
   if items.stored is not None:
     for e in value_encoders:
-      if e.modality == "image" and not _all_made_by(e, items):
+      if e.modality == "image" and not embed_stored.made_by(e, items):
         raise UserError(
           f"config.value_encoders: {e.name} is an encoder of images, and "
           f"{items.name} has embeddings only; name one of texts."
@@ -88,27 +100,43 @@ def embed(
   items: types.ImageItems,
   encoder: Encoder,
   value_encoders: Sequence[Encoder],
-  *,
-  batch_size: int,
-  shard_rows: int,
-  threads: int,
-  processes: int = 0,
-  memory_gb: float | None = None,
-  known: known_keys.Known | None = None,
+  **options: Any,
 ) -> None:
   """Writes the table of `items`; finished shards of a killed run are kept.
+
+  Args:
+    artifact: from `table_artifact` with the same arguments.
+    items: what to embed.
+    encoder: for the keys.
+    value_encoders: for the values.
+    **options: of `EmbedJob`.
+
+  Raises:
+    UserError: an item cannot be embedded, and is not to be left out.
+  """
+  job = EmbedJob(artifact, items, encoder, value_encoders, **options)
+  job.announce()
+  jobs.run(job)
+
+
+@dataclasses.dataclass(eq=False)
+class EmbedJob:
+  """The table of some items, a shard a unit; see `jobs.Job`.
 
   All devices of this machine share each batch. Of items whose embeddings exist
   already only texts are embedded, where their values do not exist; and images
   that stand in a finished table are not embedded again.
 
-  Args:
+  A shard is the same whichever process makes it, if all give the same
+  `batch_size`, and it is not 0: a batch of another shape may round another way.
+
+  Attributes:
     artifact: from `table_artifact` with the same arguments.
     items: what to embed; a `MemorySource` has texts, a `Downstream` labels.
     encoder: image encoder, for the keys.
     value_encoders: of texts or of images, for the values; none for queries.
     batch_size: images an encoder sees at once; 0 for the largest power of two
-      that fits into `memory_gb`.
+      that fits into `memory_gb`, found once a process.
     shard_rows: rows a shard.
     threads: that load images while the encoder computes.
     processes: that do so instead of threads; for images whose loading holds
@@ -116,211 +144,185 @@ def embed(
     memory_gb: of each device, in 10^9 bytes; None or 0 is a quarter of what is
       free.
     known: a finished table of the same encoder, with its items.
-
-  Raises:
-    UserError: an image cannot be read, or an embedding is not finite.
+    on_error: of a memory, "fail" or "skip" items that cannot be embedded; see
+      `dead_letters.py`. Queries always fail.
+    max_errors: share of the items that may be skipped.
   """
-  if items.stored is not None:
-    _embed_stored(artifact, items, encoder, value_encoders, shard_rows)
-    return
-  rows = len(items.ids)
-  shards = range(-(-rows // shard_rows))
-  # Each image is loaded once for all that look at it.
-  seeing = [encoder, *(e for e in value_encoders if e.modality == "image")]
-  reading = [e for e in value_encoders if e.modality == "text"]
-  # With visual values every image has to be looked at all the same.
-  had = known_keys.rows(items, known if len(seeing) == 1 else None)
-  runners = [devices.Runner(e) for e in seeing]
-  loader = prefetch.Loader(
-    items.name, items.ids, items.image, tuple(e.prepare for e in seeing)
-  )
-  progress.note(estimate(items, encoder, value_encoders, shard_rows))
-  if (had >= 0).any():
+
+  artifact: manifest.Artifact
+  items: types.ImageItems
+  encoder: Encoder
+  value_encoders: Sequence[Encoder]
+  _: dataclasses.KW_ONLY
+  batch_size: int
+  shard_rows: int
+  threads: int
+  processes: int = 0
+  memory_gb: float | None = None
+  known: known_keys.Known | None = None
+  on_error: str = "fail"
+  max_errors: float = 0.01
+
+  def __post_init__(self):
+    self.policy = None
+    if isinstance(self.items, types.MemorySource):
+      self.policy = dead_letters.Policy(self.on_error, self.max_errors)
+    stored = self.items.stored is not None
+    self.what = f"embed {self.items.name}"
+    self.counted = "item" if stored else "image"
+    there = [
+      e
+      for e in self.value_encoders
+      if (embed_stored.made_by(e, self.items) if stored else _sees(e))
+    ]
+    self._there = there
+    self._reading = [e for e in self.value_encoders if e not in there]
+    self._open = contextlib.ExitStack()
+
+  def announce(self) -> None:
+    """Says what embedding will write, and what need not be embedded."""
+    name = self.items.name
     progress.note(
-      f"embed {items.name}: {(had >= 0).sum():,} of its images are among the "
-      f"queries, whose keys are there"
+      estimate(self.items, self.encoder, self.value_encoders, self.shard_rows)
     )
-  with files.lock(artifact.folder):
-    artifact.start()
-    if not batch_size:
-      batch_size = devices.largest_batch(
-        runners,
-        loader([0]),
-        most=min(rows, shard_rows),
-        memory_gb=memory_gb,
-      )
-      progress.note(f"embed {items.name}: {batch_size} images at once")
-    bar = progress.bar(total=rows, what=f"embed {items.name}", unit="image")
-    workers = prefetch.pool(loader, threads=threads, processes=processes)
-    with bar, workers as pool:
-      for shard in shards:
-        chosen = range(shard * shard_rows, min((shard + 1) * shard_rows, rows))
-        if artifact.recorded(table.shard_name(shard)):
-          bar.update(len(chosen))
-          continue
-        new = [i for i in chosen if had[i] < 0]
-        bar.update(len(chosen) - len(new))
-        found = [[] for _ in seeing]
-        for indices, prepared in pool.ahead(
-          [new[i : i + batch_size] for i in range(0, len(new), batch_size)]
-        ):
-          for runner, batch, out in zip(runners, prepared, found):
-            out.append(runner(batch, batch_size))
-          bar.update(len(indices))
-        keys, *seen = (
-          np.concatenate(out) if out else np.zeros((0, e.dim), np.float32)
-          for e, out in zip(seeing, found)
-        )
-        values = {e.name: x for e, x in zip(seeing[1:], seen)}
-        for e in reading:
-          texts = [items.texts[i] for i in chosen]
-          values[e.name] = embed_texts(e, texts)
-        table.write_shard(
-          artifact,
-          shard,
-          keys=known_keys.fill(keys, had[chosen.start : chosen.stop], known),
-          values={e.name: values[e.name] for e in value_encoders},
-          metadata=_metadata(items, chosen),
-        )
-    names = [table.shard_name(s) for s in shards]
-    artifact.finish(names, _info(items, encoder, value_encoders, reading))
-
-
-def _made_by(encoder: Encoder, part: types.Part) -> bool:
-  """Whether the values of a part are those of an encoder, or stand for it."""
-  if encoder.modality == stand_ins.STORED:
-    return True
-  made = part.encoders.get(encoder.name)
-  return encoder.name in part.values and made == encoder.fingerprint
-
-
-def _all_made_by(encoder: Encoder, items: types.ImageItems) -> bool:
-  return all(_made_by(encoder, part) for part in items.stored)
-
-
-def _embed_stored(
-  artifact: manifest.Artifact,
-  items: types.ImageItems,
-  encoder: Encoder,
-  value_encoders: Sequence[Encoder],
-  shard_rows: int,
-) -> None:
-  """The table of items whose embeddings exist: says where they lie.
-
-  What is written is what cannot be read in place: the values of texts without
-  stored ones, and lists of a Parquet file.
-  """
-  there = [e for e in value_encoders if _all_made_by(e, items)]
-  reading = [e for e in value_encoders if e not in there]
-  progress.note(estimate(items, encoder, value_encoders, shard_rows))
-  _note_unused(items, value_encoders)
-  with files.lock(artifact.folder):
-    artifact.start()
-    rows = len(items.ids)
-    bar = progress.bar(total=rows, what=f"embed {items.name}", unit="item")
-    first, names = 0, []
-    with bar:
-      for part in items.stored:
-        matrices = {"": part.keys} | {
-          e.name: part.values[e.name] for e in there
-        }
-        lists: dict[str, np.ndarray] = {}
-        # Without anything to compute, a shard is a part, however large.
-        step = shard_rows if reading else len(part)
-        for start in range(0, len(part), step):
-          own = np.arange(start, min(start + step, len(part)))
-          chosen = range(first + start, first + start + len(own))
-          names.append(table.shard_name(len(names)))
-          if artifact.recorded(names[-1]) is None:
-            for n, m in matrices.items():
-              if not m.in_place and n not in lists:
-                lists[n] = vectors.read_lists(m)
-            texts = [items.texts[i] for i in chosen] if reading else []
-            values = {n: x[own] for n, x in lists.items() if n}
-            values |= {e.name: embed_texts(e, texts) for e in reading}
-            table.write_shard(
-              artifact,
-              len(names) - 1,
-              keys=lists[""][own] if "" in lists else None,
-              values=values,
-              metadata=_metadata(items, chosen),
-              stored={
-                n: m.take(own) for n, m in matrices.items() if m.in_place
-              },
-            )
-          bar.update(len(own))
-        first += len(part)
-    artifact.finish(names, _info(items, encoder, value_encoders, reading))
-
-
-def _info(
-  items: types.ImageItems,
-  encoder: Encoder,
-  value_encoders: Sequence[Encoder],
-  reading: Sequence[Encoder],
-) -> dict:
-  """Facts for readers of the table; tells how many texts were cut."""
-  cut = {e.name: captions.note_cut(items.name, e, items.texts) for e in reading}
-  return {
-    "key_dims": encoder.dim,
-    "value_dims": {e.name: e.dim for e in value_encoders},
-    "cut_texts": cut,
-  }
-
-
-def _note_unused(
-  items: types.ImageItems, value_encoders: Sequence[Encoder]
-) -> None:
-  """Says that there are values which nobody asked for."""
-  common = set.intersection(*(set(p.values) for p in items.stored))
-  if value_encoders and not common & {e.name for e in value_encoders}:
-    for name in sorted(common):
+    if self.items.stored is not None:
+      embed_stored.note_unused(self.items, self.value_encoders)
+    elif (self._had >= 0).any():
       progress.note(
-        f"note: {items.name} has values {name!r} too; they are used instead "
-        f"of embedding its texts with --config.value_encoders.text.name="
-        f"stored:{name}"
+        f"embed {name}: {(self._had >= 0).sum():,} of its images are among the "
+        f"queries, whose keys are there"
       )
 
+  def phases(self) -> list[str]:
+    """One."""
+    return ["embed"]
 
-def embed_texts(
-  encoder: Encoder,
-  texts: list[str],
-  batch_size: int = 64,
-  what: str | None = None,
-) -> np.ndarray:
-  """Embeds texts, each distinct one once: float32 [len(texts), dim].
+  def units(self, phase: str) -> list[str]:
+    """Shards that are not written yet."""
+    return [n for n in self._shards if self.artifact.recorded(n) is None]
 
-  Texts of similar length share a batch, so that little is padding. With `what`
-  there is a progress bar of that label.
-  """
-  # jit keeps its compilations by function, so calls for other shards share
-  # them.
-  apply = jax.jit(encoder.apply)
-  distinct = sorted(set(texts), key=lambda t: (len(t), t))
-  rows = {}
-  bar = contextlib.nullcontext()
-  if what is not None:
-    bar = progress.bar(total=len(distinct), what=what, unit="text")
-  with bar:
-    for start in range(0, len(distinct), batch_size):
-      batch = distinct[start : start + batch_size]
-      filled = batch + [""] * (batch_size - len(batch))
-      out = np.asarray(apply(encoder.params, encoder.prepare(filled)))
-      rows.update(zip(batch, out))
-      if what is not None:
-        bar.update(len(batch))
-  return np.stack([rows[t] for t in texts])
+  def size(self, phase: str, unit: str) -> int:
+    """Its items."""
+    return len(self._shards[unit])
 
+  def do(self, phase: str, unit: str, tick: Callable[[int], None]) -> None:
+    """Writes a shard.
 
-def _metadata(items: types.ImageItems, chosen: range) -> dict[str, list]:
-  columns = {"id": items.ids}
-  if isinstance(items, types.Downstream):
-    columns |= {
-      "label": [int(x) for x in items.labels],
-      "class_name": [items.class_names[x] for x in items.labels],
-      "split": items.splits,
-      "group": items.groups or items.ids,
+    Raises:
+      UserError: an item cannot be embedded, and is not to be left out.
+    """
+    number = int(unit)
+    rows = self._shards[unit]
+    shard = Shard(self.artifact, number, self.items, list(rows), self.policy)
+    if self.items.stored is not None:
+      self._stored.write(shard, self._pieces[number])
+      tick(len(rows))
+      return
+    names = [e.name for e in self.value_encoders]
+    write_images(
+      shard,
+      self._encoders,
+      self._reading,
+      names,
+      self._pool,
+      self._sifter,
+      tick,
+      self._had,
+      self.known,
+    )
+
+  def finish(self) -> None:
+    """Lists what was left out, and marks the table complete.
+
+    Raises:
+      UserError: too much was left out.
+    """
+    names, lost, facts = list(self._shards), set(), {}
+    if self.policy is not None:
+      for name in names:
+        found = dead_letters.recorded(self.artifact, name)
+        if found is None:
+          # Of a version of this program in which nothing could be left out.
+          rows = self.artifact.recorded(name)["info"]["rows"]
+          dead_letters.record(self.artifact, name, rows, [])
+      facts = dead_letters.gather(
+        self.artifact, names, len(self.items), self.policy
+      )
+      letters = list(dead_letters.read(self.artifact.folder))
+      lost = {letter["id"] for letter in letters}
+      # Shards that nothing is left of are none.
+      full = lambda name: dead_letters.recorded(self.artifact, name)["rows"]
+      names = [name for name in names if full(name)] if letters else names
+    self.artifact.finish(names, self._info(lost) | facts)
+
+  def close(self) -> None:
+    """Ends the threads or processes that load images."""
+    self._open.close()
+    self.__dict__.pop("_pool", None)
+
+  def _info(self, lost: set[str]) -> dict[str, Any]:
+    """Facts for readers of the table; tells how many texts were cut."""
+    texts = self.items.texts if self._reading else []
+    if lost:
+      texts = [t for i, t in zip(self.items.ids, texts) if i not in lost]
+    return {
+      "key_dims": self.encoder.dim,
+      "value_dims": {e.name: e.dim for e in self.value_encoders},
+      "cut_texts": {
+        e.name: captions.note_cut(self.items.name, e, texts)
+        for e in self._reading
+      },
     }
-  if isinstance(items, types.MemorySource):
-    columns |= {"text": items.texts, **items.columns}
-  return {n: [c[i] for i in chosen] for n, c in columns.items()}
+
+  # Made when first needed: a process that only lists units has none of it.
+
+  @functools.cached_property
+  def _shards(self) -> dict[str, range]:
+    """Items of each shard, by its name."""
+    rows, step = len(self.items), self.shard_rows
+    if self.items.stored is not None:
+      found = [piece.rows for piece in self._pieces]
+    else:
+      found = [range(i, min(i + step, rows)) for i in range(0, rows, step)]
+    return {table.shard_name(i): chosen for i, chosen in enumerate(found)}
+
+  @functools.cached_property
+  def _pieces(self) -> list[embed_stored.Piece]:
+    return embed_stored.pieces(self.items, self._reading, self.shard_rows)
+
+  @functools.cached_property
+  def _stored(self) -> embed_stored.StoredShards:
+    return embed_stored.StoredShards(self.items, self._there, self._reading)
+
+  @functools.cached_property
+  def _had(self) -> np.ndarray:
+    """Row of each item among those that are known; -1 of none."""
+    # With visual values every image has to be looked at all the same.
+    return known_keys.rows(self.items, None if self._there else self.known)
+
+  @functools.cached_property
+  def _encoders(self) -> ImageEncoders:
+    return ImageEncoders(
+      [self.encoder, *self._there],
+      batch_size=self.batch_size,
+      most=min(len(self.items), self.shard_rows),
+      memory_gb=self.memory_gb,
+    )
+
+  @functools.cached_property
+  def _sifter(self) -> prefetch.Sifter:
+    hint = "" if self.policy is None else dead_letters.HINT
+    skip = self.policy is not None and self.policy.skip
+    return self._encoders.sifter(self.items, hint, skip)
+
+  @functools.cached_property
+  def _pool(self) -> prefetch.Pool:
+    workers = prefetch.pool(
+      self._sifter, threads=self.threads, processes=self.processes
+    )
+    return self._open.enter_context(workers)
+
+
+def _sees(encoder: Encoder) -> bool:
+  """Whether values are of images."""
+  return encoder.modality == "image"

@@ -1,4 +1,4 @@
-"""The search stage: neighbour shards and the working set they name.
+"""Neighbour shards: what the search stage writes and training reads.
 
 A neighbour shard is a TFRecord file of `tf.train.Example`, one an example,
 every payload a bytes feature of fixed length (float lists cost 14 times as
@@ -10,25 +10,33 @@ and `neighbor_scores` (float32 [k], cosine, -inf pads).
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common import files, manifest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.tf import import_tensorflow
-from retrieval_aug.memory import key_transform as transforms
-from retrieval_aug.memory import search as searching
-from retrieval_aug.memory.table import Table, read_matrix
+from retrieval_aug.memory.search import SearchResult
+from retrieval_aug.memory.table import Table
 
 SPLITS = ("train", "val", "test")
+KIND = "neighbor shards"
+TRANSFORM = "key_transform.npz"
 
-_TRANSFORM = "key_transform.npz"
+# Settings that change how a search is done, and not what it finds.
+INDIFFERENT = ("groups", "memory_gb", "on_low_recall")
 
 
 def neighbors_artifact(
-  folder: pathlib.Path, queries: Table, memory: Table, config: dict[str, Any]
+  folder: pathlib.Path,
+  queries: Table,
+  memory: Table,
+  config: Mapping[str, Any],
+  *,
+  memory_fingerprint: str | None = None,
+  without: str | None = None,
 ) -> manifest.Artifact:
   """The neighbour shards for two tables, named by their inputs.
 
@@ -37,6 +45,8 @@ def neighbors_artifact(
     queries: table of the downstream examples.
     memory: table of the memory.
     config: the search section.
+    memory_fingerprint: of an earlier version of the memory.
+    without: fingerprint of the leaks that are not to be found.
 
   Raises:
     UserError: the two tables were made by different encoders.
@@ -50,23 +60,42 @@ def neighbors_artifact(
       f"encoders ({'; '.join(differing[:3])}): their vectors cannot be "
       "compared; delete the wrong one to have it embedded again."
     )
-  return manifest.Artifact(
-    folder,
-    "neighbor shards",
-    {
-      "queries": queries.fingerprint,
-      "memory": memory.fingerprint,
-      "search": config,
-    },
-  )
+  inputs = {
+    "queries": queries.fingerprint,
+    "memory": memory_fingerprint or memory.fingerprint,
+    "search": {n: v for n, v in config.items() if n not in INDIFFERENT},
+  }
+  if without is not None:
+    inputs["without_leaks"] = without
+  return manifest.Artifact(folder, KIND, inputs)
 
 
-class _Shard(NamedTuple):
+def found_in(folder: pathlib.Path) -> manifest.Artifact | None:
+  """The finished neighbour shards of a folder, whatever they were made from."""
+  path = folder / manifest.NAME
+  if not path.exists():
+    return None
+  found = files.read_json(path)
+  if not (isinstance(found, dict) and found.get("kind") == KIND):
+    return None
+  artifact = manifest.Artifact(folder, KIND, found["inputs"])
+  return artifact if artifact.is_complete() else None
+
+
+class Shard(NamedTuple):
+  """A neighbour shard.
+
+  Attributes:
+    name: of its file, without the suffix.
+    rows: int64, of the query table.
+  """
+
   name: str
-  rows: np.ndarray  # of the query table
+  rows: np.ndarray
 
 
-def _shards(splits: list[str], shard_rows: int) -> list[_Shard]:
+def layout(splits: Sequence[str], shard_rows: int) -> list[Shard]:
+  """The shards of all splits, each of at most `shard_rows` examples."""
   splits = np.asarray(splits)
   out = []
   for split in SPLITS:
@@ -74,169 +103,26 @@ def _shards(splits: list[str], shard_rows: int) -> list[_Shard]:
     count = max(1, -(-len(rows) // shard_rows))
     for i, part in enumerate(np.array_split(rows, count)):
       name = f"neighbors-{split}-{i:05d}-of-{count:05d}"
-      out.append(_Shard(name, part))
+      out.append(Shard(name, part))
   return out
 
 
-def near_copies(queries: Table, memory: Table) -> searching.Groups | None:
-  """What training examples are not to find, because they are in the memory.
-
-  A training example that finds itself, or a near copy, learns to trust a
-  neighbour that no test example has. Left out is what has its `group`, and
-  where the memory has no groups, its id. The other splits get all they find:
-  one of them in the memory is a leak, which hiding would not mend.
-
-  Returns:
-    Groups of all queries and keys; None where no training example has any.
-
-  Raises:
-    UserError: one id stands in two groups.
-  """
-  ids, own_ids = memory.column("id"), queries.column("id")
-  groups, own = ids, own_ids
-  if memory.has_column("group"):
-    groups = memory.column("group")
-    own = queries.column("group") if queries.has_column("group") else own_ids
-    group_of = dict(zip(ids, groups))
-    for example, group in zip(own_ids, own):
-      if group_of.get(example, group) != group:
-        raise UserError(
-          f"{example!r} has the group {group!r} in {queries.folder} and "
-          f"{group_of[example]!r} in {memory.folder}; near copies must have "
-          "one name in both."
-        )
-  code = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-  splits = queries.column("split")
-  found = searching.Groups(
-    np.array(
-      [code.get(g, -1) if s == "train" else -1 for g, s in zip(own, splits)]
-    ),
-    np.array([code[g] for g in groups]),
-  )
-  return found if (found.queries >= 0).any() else None
-
-
-def find(
-  artifact: manifest.Artifact,
-  queries: Table,
-  memory: Table,
-  *,
-  searcher: str,
-  k: int,
-  key_transform: str,
-  key_dims: int,
-  recall_sample: int,
-  min_recall: float,
-  shard_rows: int,
-) -> None:
-  """Finds the neighbours of every query and writes the shards.
-
-  Finished shards of a killed run are kept.
-
-  Args:
-    artifact: from `neighbors_artifact`.
-    queries: table of the downstream examples.
-    memory: table of the memory.
-    searcher: "auto", "exact" or "scann".
-    k: neighbours an example.
-    key_transform: kind, see `memory/key_transform.py`.
-    key_dims: dims that pca and whiten keep.
-    recall_sample: queries in all on which recall is measured.
-    min_recall: the stage fails below it.
-    shard_rows: examples a shard.
-
-  Raises:
-    UserError: dims differ, a vector has no direction, recall is too low.
-  """
-  for name, value in (("k", k), ("recall_sample", recall_sample)):
-    if value < 1:
-      raise UserError(f"config.search.{name}={value}: must be at least 1.")
-  # Keys as stored, transformed and of unit length; per query, what is written.
-  held = memory.rows * (2 + 4 + 4) * memory.dims + queries.rows * 12 * k
-  disk = queries.rows * (12 * k + 2 * (key_dims or memory.dims) + 100)
-  progress.note(
-    f"search: {queries.rows:,} queries in {memory.rows:,} keys, about "
-    f"{disk / 1e6:,.0f} MB on disk, {held / 1e6:,.0f} MB of memory"
-  )
-  with files.lock(artifact.folder):
-    artifact.start()
-    raw_keys, raw_queries = memory.keys(), queries.keys()
-    if raw_keys.shape[1] != raw_queries.shape[1]:
-      raise UserError(
-        f"{queries.folder}: queries have {raw_queries.shape[1]} dims, the keys "
-        f"of {memory.folder} {raw_keys.shape[1]}; embed both with one encoder."
-      )
-    transform = transforms.fit(raw_keys, key_transform, key_dims)
-    transform.save(artifact.folder / _TRANSFORM)
-    artifact.record("key_transform", [_TRANSFORM], {"dims": transform.dims})
-    keys = searching.normalize(transform(raw_keys), f"keys of {memory.folder}")
-    vectors = transform(raw_queries)
-    unit = searching.normalize(vectors, f"queries of {queries.folder}")
-
-    kind, why = searching.choose(searcher, len(unit))
-    progress.note(why)
-    exclude = near_copies(queries, memory)
-    found_itself = 0
-    if exclude is not None:
-      found_itself = int((exclude.queries >= 0).sum())
-      progress.note(
-        f"{found_itself:,} training examples or near copies of them are in the "
-        "memory; each gets its neighbours without those"
-      )
-    engine = searching.build(kind, keys, k, exclude)
-    ids, labels = queries.column("id"), queries.column("label")
-    shards = _shards(queries.column("split"), shard_rows)
-    for shard in shards:
-      if artifact.recorded(shard.name):
-        continue
-      share = -(-recall_sample * len(shard.rows) // len(unit))
-      sample = min(share, len(shard.rows))
-      own = exclude.of(shard.rows) if exclude else None
-      result = searching.search(engine, keys, unit[shard.rows], k, exclude=own)
-      recall = searching.measure_recall(
-        result, keys, unit[shard.rows], k, sample, own
-      )
-      _write_shard(
-        artifact.folder / f"{shard.name}.tfrecord",
-        [ids[r] for r in shard.rows],
-        [labels[r] for r in shard.rows],
-        vectors[shard.rows],
-        result,
-      )
-      info = {"rows": len(shard.rows), "recall": recall, "sample": sample}
-      artifact.record(shard.name, [f"{shard.name}.tfrecord"], info)
-    infos = [artifact.recorded(s.name)["info"] for s in shards]
-    weight = sum(i["sample"] for i in infos)
-    recall = sum(i["recall"] * i["sample"] for i in infos) / weight
-    if recall < min_recall:
-      raise UserError(
-        f"{artifact.folder}: {kind} search reached recall@{k} {recall:.3f}, "
-        f"below config.search.min_recall={min_recall}; set "
-        "--config.search.searcher=exact, or accept it with a lower min_recall "
-        f"(and delete {artifact.folder})."
-      )
-    artifact.finish(
-      ["key_transform", *(s.name for s in shards)],
-      {
-        "searcher": kind,
-        "why": why,
-        "parameters": getattr(engine, "parameters", {}),
-        "k": k,
-        "dims": transform.dims,
-        "recall": recall,
-        "recall_queries": weight,
-        "examples_in_memory": found_itself,
-      },
-    )
-
-
-def _write_shard(
+def write_shard(
   path: pathlib.Path,
   ids: list[str],
   labels: list[int],
   queries: np.ndarray,
-  result: searching.SearchResult,
+  result: SearchResult,
 ) -> None:
+  """Writes one shard atomically; the same arguments give the same bytes.
+
+  Args:
+    path: of the file.
+    ids: of the examples, [n].
+    labels: [n].
+    queries: [n, d], after the key transform, of any length.
+    result: of [n, k], with rows of the memory table.
+  """
   tf = import_tensorflow()
 
   def feature(data: bytes):
@@ -275,120 +161,71 @@ def shard_paths(artifact: manifest.Artifact, split: str) -> list[pathlib.Path]:
   return paths
 
 
-class WorkingSet(NamedTuple):
-  """The distinct memory rows that any neighbour list names.
+def read_records(
+  paths: Sequence[pathlib.Path], remedy: str
+) -> dict[str, np.ndarray] | None:
+  """What stands in neighbour shards, in order; None where they are empty.
 
-  Attributes:
-    rows: int64 [U], ascending rows of the memory table.
-    keys: float16 [U, d], after the key transform.
-    values: by encoder name, float16 [U, d_v].
-    sources: int32 [U], the collection that each comes from, by number.
-    labels: int32 [U], the class of each, -1 where it has none.
-    source_names: name of each source.
-  """
+  Args:
+    paths: of the shards.
+    remedy: ends a message.
 
-  rows: np.ndarray
-  keys: np.ndarray
-  values: dict[str, np.ndarray]
-  sources: np.ndarray
-  labels: np.ndarray
-  source_names: list[str]
-
-  def renumber(self, ids: np.ndarray) -> np.ndarray:
-    """Table rows [n, k] to working-set rows int32 [n, k]; -1 stays -1."""
-    found = np.searchsorted(self.rows, ids)
-    found = np.minimum(found, len(self.rows) - 1)
-    strange = (ids >= 0) & (self.rows[found] != ids)
-    if strange.any():
-      raise UserError(
-        f"neighbour row {int(ids[strange][0])} is not in the working set: the "
-        "two were made apart; delete the working_set folder to have it made "
-        "again."
-      )
-    return np.where(ids < 0, -1, found).astype(np.int32)
-
-
-def working_set_artifact(
-  folder: pathlib.Path,
-  neighbors: manifest.Artifact,
-  value_names: Sequence[str],
-) -> manifest.Artifact:
-  """The working set of some neighbour shards, named by its inputs."""
-  return manifest.Artifact(
-    folder,
-    "working set",
-    {"neighbors": neighbors.fingerprint, "values": list(value_names)},
-  )
-
-
-def gather_working_set(
-  artifact: manifest.Artifact,
-  neighbors: manifest.Artifact,
-  queries: Table,
-  memory: Table,
-  value_names: Sequence[str],
-  lists: list[np.ndarray],
-) -> None:
-  """Copies the rows that `lists` of neighbour ids name into dense arrays."""
-  with files.lock(artifact.folder):
-    artifact.start()
-    transform = transforms.load(neighbors.folder / _TRANSFORM)
-    rows = np.unique(np.concatenate([x.ravel() for x in lists]))
-    rows = rows[rows >= 0]
-    sources, source_names = _sources(memory)
-    arrays = {
-      "rows": rows,
-      "keys": transform(memory.keys()[rows]).astype(np.float16),
-      "sources": sources[rows],
-      "labels": _labels(queries, memory)[rows],
-    }
-    for name in value_names:
-      arrays[f"values_{name}"] = memory.values(name)[rows]
-    for name, array in arrays.items():
-      with files.atomic_path(artifact.folder / f"{name}.npy") as path:
-        np.save(path, array)
-    info = {n: list(a.shape) for n, a in arrays.items()}
-    artifact.record("all", [f"{n}.npy" for n in arrays], info)
-    info = {"source_names": source_names, "value_names": list(value_names)}
-    artifact.finish(["all"], info)
-
-
-def _sources(memory: Table) -> tuple[np.ndarray, list[str]]:
-  """Number of each row's source, int32 [M], and the names in that order."""
-  if not memory.has_column("source"):
-    return np.zeros(memory.rows, np.int32), ["memory"]
-  column = memory.column("source")
-  names = sorted(set(column))
-  number = {name: i for i, name in enumerate(names)}
-  return np.array([number[x] for x in column], np.int32), names
-
-
-def _labels(queries: Table, memory: Table) -> np.ndarray:
-  """Class of each row, int32 [M]; -1 where the memory does not say."""
-  if not (memory.has_column("label") and queries.has_column("class_name")):
-    return np.full(memory.rows, -1, np.int32)
-  number = dict(zip(queries.column("class_name"), queries.column("label")))
-  return np.array([number.get(x, -1) for x in memory.column("label")], np.int32)
-
-
-def load_working_set(artifact: manifest.Artifact) -> WorkingSet:
-  """Reads a finished working set, verified.
+  Returns:
+    example_id bytes [N], label int64 [N], query float16 [N, d], neighbor_ids
+    int64 [N, k] and neighbor_scores float32 [N, k].
 
   Raises:
-    UserError: a file is damaged, of another shape, or not finite.
+    UserError: a record cannot be read.
   """
-  shapes, info = artifact.shards()["all"]["info"], artifact.info()
-  matrix = lambda name: read_matrix(
-    artifact.folder / f"{name}.npy", *shapes[name], artifact.remedy
-  )
-  keys = matrix("keys")
-  values = {name: matrix(f"values_{name}") for name in info["value_names"]}
-  artifact.verify()
-  rows, sources, labels = (
-    np.load(artifact.folder / f"{n}.npy", allow_pickle=False)
-    for n in ("rows", "sources", "labels")
-  )
-  return WorkingSet(rows, keys, values, sources, labels, info["source_names"])
+  tf = import_tensorflow()
+  feature = tf.io.FixedLenFeature
+  spec = {
+    "example_id": feature([], tf.string),
+    "label": feature([], tf.int64),
+    "query": feature([], tf.string),
+    "neighbor_ids": feature([], tf.string),
+    "neighbor_scores": feature([], tf.string),
+  }
+
+  def parse(records):
+    x = tf.io.parse_example(records, spec)
+    # As integers of the same width: TensorFlow warns of float16 on most CPUs.
+    x["query"] = tf.io.decode_raw(x["query"], tf.uint16)
+    x["neighbor_ids"] = tf.io.decode_raw(x["neighbor_ids"], tf.int64)
+    x["neighbor_scores"] = tf.io.decode_raw(x["neighbor_scores"], tf.float32)
+    return x
+
+  data = tf.data.TFRecordDataset([str(p) for p in paths])
+  data = data.batch(1024).map(parse, num_parallel_calls=2).prefetch(2)
+  try:
+    parts = list(data.as_numpy_iterator())
+  except tf.errors.OpError as error:
+    reason = error.message.splitlines()[0][:160]
+    names = ", ".join(p.name for p in paths)
+    raise UserError(f"{names}: cannot be read ({reason}); {remedy}.") from error
+  if not parts:
+    return None
+  out = {n: np.concatenate([p[n] for p in parts]) for n in spec}
+  return out | {"query": out["query"].view("<f2")}
+
+
+def read_lists(artifact: manifest.Artifact, name: str) -> SearchResult:
+  """The neighbours of one finished shard, verified."""
+  path = artifact.folder / f"{name}.tfrecord"
+  record = artifact.shards()[name]
+  manifest.check_file(path, record["files"][path.name], artifact.remedy)
+  found = read_records([path], artifact.remedy)
+  if found is None:
+    k = artifact.info()["k"]
+    return SearchResult(np.zeros((0, k), np.int64), np.zeros((0, k), "f4"))
+  return SearchResult(found["neighbor_ids"], found["neighbor_scores"])
+
+
+def read_split(artifact: manifest.Artifact, split: str) -> SearchResult:
+  """The neighbours of the examples of one split, in order, verified."""
+  names = [n for n in artifact.shards() if n.startswith(f"neighbors-{split}-")]
+  parts = [read_lists(artifact, name) for name in names]
+  return SearchResult(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
 def describe(artifact: manifest.Artifact) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from retrieval_aug.common import files, manifest
 from retrieval_aug.encoders import Encoder
-from retrieval_aug.memory.embed import embed_texts
+from retrieval_aug.memory.embed_texts import embed_texts
 from retrieval_aug.memory.table import Table, read_matrix
 
 
@@ -104,14 +104,16 @@ def embed_joined(
     encoder: of texts.
     lists: split -> int64 [N, k], rows of the memory table, best first, -1 pads.
   """
-  texts = memory.column("text")
+  rows = np.unique(np.concatenate([x.ravel() for x in lists.values()]))
+  rows = rows[rows >= 0]
+  texts = dict(zip(rows.tolist(), memory.column_rows("text", rows)))
   count = lambda text: int(encoder.lengths([text])[0])
   with files.lock(artifact.folder):
     artifact.start()
     for split, rows in lists.items():
       if artifact.recorded(split):
         continue
-      own = [[texts[r] for r in line if r >= 0] for line in rows]
+      own = [[texts[r] for r in line if r >= 0] for line in rows.tolist()]
       joined = join_texts(own, count, encoder.max_length)
       embedded = embed_texts(
         encoder, joined.texts, what=f"joined texts of {split}"

@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine: one interface, an exact and a ScaNN searcher.
+"""Nearest neighbours by cosine, whatever the engine that looks for candidates.
 
 Whatever the engine, a result is the same kind of thing: ids of keys best
 first, -1 where there are fewer than k, and scores recomputed from the keys in
@@ -6,20 +6,23 @@ float64 and rounded to float32, ordered by (-score, id). So neither blocking,
 sharding nor the engine's own arithmetic can change the order of a result.
 """
 
-import functools
+import concurrent.futures
 import os
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from retrieval_aug.common import progress
 from retrieval_aug.common.errors import UserError
+from retrieval_aug.memory.searchers import Searcher, exact, running
 
 # Candidates taken beyond k, so that float32 rounding at the k-th place cannot
 # lose a neighbour whose exact score belongs in the list.
-_MARGIN = 16
+MARGIN = 16
+
+# Rows that are normalized at a time.
+_ROWS = 1 << 16
+# Scores that differ by less are equal, where recall is counted.
+_TIE = 1e-6
 
 
 class SearchResult(NamedTuple):
@@ -35,19 +38,39 @@ class SearchResult(NamedTuple):
 
 
 class Groups(NamedTuple):
-  """Near copies: a query is not to find keys of its own group.
+  """What queries are not to find: near copies, which are keys of their group.
 
   Attributes:
     queries: int64 [q], group of each query; -1 has none.
     keys: int64 [n], group of each key; -1 has none.
+    pairs: int64 [p, 2], single rows of a query and a key beside the groups.
   """
 
   queries: np.ndarray
   keys: np.ndarray
+  pairs: np.ndarray | None = None
 
   def of(self, rows: slice | np.ndarray) -> "Groups":
     """The groups of some of the queries."""
-    return Groups(self.queries[rows], self.keys)
+    rows = np.arange(len(self.queries))[rows]
+    pairs = None
+    if self.pairs is not None:
+      own, keys = self.pairs[np.argsort(self.pairs[:, 0], kind="stable")].T
+      first, last = (np.searchsorted(own, rows, s) for s in ("left", "right"))
+      counts = last - first
+      starts = np.cumsum(counts) - counts
+      where = np.arange(counts.sum()) + np.repeat(first - starts, counts)
+      own = np.repeat(np.arange(len(rows)), counts)
+      pairs = np.stack([own, keys[where]], axis=1)
+    return Groups(self.queries[rows], self.keys, pairs)
+
+  def of_keys(self, rows: np.ndarray) -> "Groups":
+    """The groups of some of the keys, whose rows [m] ascend."""
+    pairs = None
+    if self.pairs is not None:
+      own, keys = self.pairs[np.isin(self.pairs[:, 1], rows)].T
+      pairs = np.stack([own, np.searchsorted(rows, keys)], axis=1)
+    return Groups(self.queries, self.keys[rows], pairs)
 
   def forbidden(self, ids: np.ndarray | None = None) -> np.ndarray:
     """Whether a query must not get a key: bool [q, j] of rows [q, j].
@@ -56,23 +79,29 @@ class Groups(NamedTuple):
     """
     own = self.queries[:, None]
     found = self.keys[None, :] if ids is None else self.keys[ids]
-    return (own >= 0) & (found == own)
+    out = (own >= 0) & (found == own)
+    if self.pairs is None or not len(self.pairs):
+      return out
+    if ids is None:
+      out[tuple(self.pairs.T)] = True
+      return out
+    # A pair is one number; only rows that have pairs are compared.
+    rows = np.unique(self.pairs[:, 0])
+    n = len(self.keys)
+    pairs = self.pairs[:, 0] * n + self.pairs[:, 1]
+    named = np.isin(rows[:, None] * n + ids[rows], pairs) & (ids[rows] >= 0)
+    out[rows] |= named
+    return out
 
   def most(self) -> int:
-    """The most keys that any query has to leave out."""
+    """The most keys that any query has to leave out, or a few more."""
+    most = 0
     named = np.isin(self.keys, self.queries[self.queries >= 0])
-    if not named.any():
-      return 0
-    return int(np.unique(self.keys[named], return_counts=True)[1].max())
-
-
-class Searcher(Protocol):
-  """Finds candidates; `search` below orders and scores them."""
-
-  name: str
-
-  def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
-    """Row numbers int64 [n, <= k] for unit queries [n, d]; -1 pads."""
+    if named.any():
+      most = int(np.unique(self.keys[named], return_counts=True)[1].max())
+    if self.pairs is not None and len(self.pairs):
+      most += int(np.bincount(self.pairs[:, 0]).max())
+    return most
 
 
 def normalize(x: np.ndarray, what: str) -> np.ndarray:
@@ -82,198 +111,28 @@ def normalize(x: np.ndarray, what: str) -> np.ndarray:
     UserError: a row is zero or not finite; such a row has no direction, and
       ScaNN kills the process on a NaN.
   """
-  x = np.ascontiguousarray(x, np.float32)
-  if x.ndim != 2:
-    raise UserError(f"{what}: {list(x.shape)} is not a matrix [rows, dims].")
-  # From float64, so that a huge or tiny vector does not lose its direction.
-  norms = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
-  bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+  if np.ndim(x) != 2:
+    raise UserError(
+      f"{what}: {list(np.shape(x))} is not a matrix [rows, dims]."
+    )
+  out = np.empty(x.shape, np.float32)
+  bad = []
+  for start in range(0, len(x), _ROWS):
+    part = np.ascontiguousarray(x[start : start + _ROWS], np.float32)
+    # From float64, so that a huge or tiny vector does not lose its direction.
+    norms = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
+    fine = np.isfinite(norms) & (norms > 0)
+    bad.append(start + np.flatnonzero(~fine))
+    norms[~fine] = 1
+    out[start : start + _ROWS] = part / norms[:, None]
+  bad = np.concatenate([*bad, np.empty(0, np.int64)])
   if bad.size:
     raise UserError(
-      f"{what}: row {bad[0]} is zero, NaN or infinite ({bad.size} such rows) "
-      "and has no direction to search by; remove those items and embed again."
+      f"{what}: row {int(bad[0])} is zero, NaN or infinite ({bad.size} such "
+      "rows) and has no direction to search by; remove those items and embed "
+      "again."
     )
-  return (x / norms[:, None]).astype(np.float32)
-
-
-class Exact:
-  """Blockwise matrix product and top-k, jitted; any platform."""
-
-  name = "exact"
-
-  def __init__(
-    self, keys: np.ndarray, key_block: int = 65536, query_block: int = 1024
-  ):
-    self._n, self._d = keys.shape
-    self._query_block = query_block
-    block = min(key_block, self._n)
-    # Equal blocks compile once; rows past the end are masked by their number.
-    self._blocks = [
-      (start, jnp.asarray(_pad_rows(keys[start : start + block], block)))
-      for start in range(0, self._n, block)
-    ]
-
-  def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
-    """The best k by float32 scores, fewer only if there are fewer keys."""
-    k = min(k, self._n)
-    out = []
-    starts = range(0, len(queries), self._query_block)
-    for start in progress.bar(
-      starts, total=len(starts), what="search (exact)", unit="block"
-    ):
-      part = queries[start : start + self._query_block]
-      block = jnp.asarray(_pad_rows(part, min(self._query_block, len(queries))))
-      scores = jnp.full((len(block), k), -jnp.inf, jnp.float32)
-      ids = jnp.full((len(block), k), -1, jnp.int32)
-      for first, keys in self._blocks:
-        scores, ids = _merge_block(
-          block, keys, scores, ids, first, self._n, k=k
-        )
-      out.append(np.asarray(ids, np.int64)[: len(part)])
-    return np.concatenate(out)
-
-
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-  missing = rows - len(x)
-  return x if missing <= 0 else np.pad(x, ((0, missing), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _merge_block(queries, keys, scores, ids, first, n, *, k):
-  """Merges one block of keys into a running top-k.
-
-  queries [q, d], keys [b, d], scores and ids [q, k]. `top_k` keeps the lower
-  index of equal scores, and earlier blocks stand first: ties go to lower ids.
-  """
-  new = jnp.matmul(
-    queries,
-    keys.T,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
-  rows = first + jnp.arange(keys.shape[0], dtype=jnp.int32)
-  new = jnp.where(rows < n, new, -jnp.inf)
-  best, where = jax.lax.top_k(new, min(k, keys.shape[0]))
-  all_scores = jnp.concatenate([scores, best], axis=1)
-  all_ids = jnp.concatenate([ids, rows[where]], axis=1)
-  scores, where = jax.lax.top_k(all_scores, k)
-  return scores, jnp.take_along_axis(all_ids, where, axis=1)
-
-
-class Scann:
-  """ScaNN: tree, anisotropic hashing, reordering; Linux only.
-
-  Guards on both sides of the call: keys and queries are finite and of one
-  width before it, and its NaN-padded id 0 becomes -1 after it.
-  """
-
-  name = "scann"
-
-  def __init__(self, keys: np.ndarray, k: int):
-    scann = _import_scann()
-    n = len(keys)
-    builder = scann.scann_ops_pybind.builder(
-      keys, min(k + _MARGIN, n), "dot_product"
-    )
-    # Below some 20,000 rows ScaNN's own advice is brute force.
-    if n < 20_000:
-      self._searcher = builder.score_brute_force().build()
-      self.parameters = {"kind": "brute_force"}
-      return
-    # At least 150 rows a leaf: with fewer, `min_partition_size` merges leaves
-    # and recall collapses without a word.
-    leaves = int(min(np.sqrt(n) * 2, n / 150))
-    # The leaves searched hold many times k rows: what is nearest to a query
-    # near a border is spread over several of them.
-    searched = int(np.ceil(max(leaves * 0.1, 10 * k * leaves / n, 10)))
-    reorder = min(4 * (k + _MARGIN), n)
-    self.parameters = {
-      "kind": "tree_ah",
-      "leaves": leaves,
-      "leaves_searched": min(searched, leaves),
-      "reorder": reorder,
-    }
-    self._searcher = (
-      builder.tree(
-        num_leaves=leaves,
-        num_leaves_to_search=min(searched, leaves),
-        training_sample_size=min(n, 100_000),
-      )
-      .score_ah(2, anisotropic_quantization_threshold=0.2)
-      .reorder(reorder)
-      .build()
-    )
-
-  def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
-    """Probably the best k; -1 where too few rows are in the leaves searched."""
-    out = []
-    starts = range(0, len(queries), 4096)
-    for start in progress.bar(
-      starts, total=len(starts), what="search (scann)", unit="block"
-    ):
-      ids, distances = self._searcher.search_batched_parallel(
-        queries[start : start + 4096]
-      )
-      ids = np.where(np.isnan(distances), -1, ids.astype(np.int64))
-      out.append(_fit_columns(ids, k))
-    return np.concatenate(out)
-
-
-def _fit_columns(ids: np.ndarray, k: int) -> np.ndarray:
-  ids = ids[:, :k]
-  return np.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=-1)
-
-
-def _import_scann():
-  try:
-    import scann
-  except ImportError as error:
-    raise UserError(
-      f"ScaNN cannot be imported ({error}); on Linux pip install "
-      "'retrieval_aug[run]', or set --config.search.searcher=exact."
-    ) from error
-  return scann
-
-
-def choose(kind: str, n_queries: int) -> tuple[str, str]:
-  """The searcher for a job, and why.
-
-  Exact search needs no index and cannot miss. On a CPU an index pays for its
-  building above some 14,000 queries a core, nearly whatever the memory's size,
-  since both costs grow with it (DESIGN section 4).
-
-  Args:
-    kind: "auto", "exact" or "scann".
-    n_queries: number of queries in the job.
-
-  Returns:
-    "exact" or "scann", and a sentence.
-  """
-  if kind in ("exact", "scann"):
-    return kind, f"{kind} search, as config.search.searcher asks"
-  if kind != "auto":
-    raise UserError(
-      f"config.search.searcher={kind!r}: not one of auto, exact, scann."
-    )
-  platform = jax.default_backend()
-  if platform != "cpu":
-    return "exact", f"exact search: a {platform} is at hand"
-  limit = 14_000 * (os.cpu_count() or 1)
-  if n_queries < limit:
-    return "exact", (
-      f"exact search: {n_queries:,} queries are fewer than the {limit:,} from "
-      "which an index pays on this machine"
-    )
-  return "scann", f"ScaNN: {n_queries:,} queries pay for an index"
-
-
-def build(
-  kind: str, keys: np.ndarray, k: int, exclude: Groups | None = None
-) -> Searcher:
-  """Builds a searcher over unit keys [n, d], for searches of up to k."""
-  if kind == "exact":
-    return Exact(keys)
-  return Scann(keys, k + (exclude.most() if exclude else 0))
+  return out
 
 
 def search(
@@ -303,22 +162,50 @@ def search(
       "come from one encoder and one key_transform; embed them again."
     )
   if not len(keys) or not len(queries):
-    shape = (len(queries), k)
-    return SearchResult(
-      np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
-    )
-  wanted = k + _MARGIN + (exclude.most() if exclude else 0)
-  ids = searcher.candidates(queries, min(wanted, len(keys)))
+    return _padded(np.empty((len(queries), 0), np.int64), None, k)
+  ids = searcher.candidates(queries, wanted(k, len(keys), exclude))
   if exclude is not None:
     ids = np.where((ids < 0) | exclude.forbidden(ids), -1, ids)
-  scores = exact_scores(keys, queries, ids)
-  order = np.lexsort((ids, -scores), axis=1)
-  ids = _fit_columns(np.take_along_axis(ids, order, axis=1), k)
-  scores = np.take_along_axis(scores, order, axis=1)[:, :k]
-  scores = np.pad(
-    scores, ((0, 0), (0, k - scores.shape[1])), constant_values=-np.inf
+  ids = np.sort(ids, axis=1)  # rows of keys are then read in order
+  return _best(ids, exact_scores(keys, queries, ids), k)
+
+
+def wanted(k: int, n: int, exclude: Groups | None = None) -> int:
+  """Candidates that a searcher of n keys is asked for."""
+  return min(k + MARGIN + (exclude.most() if exclude else 0), n)
+
+
+def merge(a: SearchResult, b: SearchResult, k: int) -> SearchResult:
+  """The best k of two lists over different keys, by (-score, id).
+
+  Args:
+    a: ids and scores [n, i].
+    b: ids and scores [n, j], of none of a's keys.
+    k: neighbours wanted.
+  """
+  ids = np.concatenate([a.ids, b.ids], axis=1)
+  scores = np.concatenate([a.scores, b.scores], axis=1)
+  order = np.argsort(ids, axis=1, kind="stable")
+  ids = np.take_along_axis(ids, order, axis=1)
+  return _best(ids, np.take_along_axis(scores, order, axis=1), k)
+
+
+def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> SearchResult:
+  """The best k of rows whose ids ascend, by (-score, id); pads last."""
+  order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+  ids = np.take_along_axis(ids, order, axis=1)
+  return _padded(ids, np.take_along_axis(scores, order, axis=1), k)
+
+
+def _padded(ids, scores, k: int) -> SearchResult:
+  shape = (len(ids), k)
+  out = SearchResult(
+    np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
   )
-  return SearchResult(ids, scores)
+  if scores is not None:
+    out.ids[:, : ids.shape[1]] = ids
+    out.scores[:, : ids.shape[1]] = scores
+  return out
 
 
 def exact_scores(
@@ -329,13 +216,75 @@ def exact_scores(
   Summed in float64, so that the float32 result does not depend on the order
   in which a platform adds.
   """
-  out = np.empty(ids.shape, np.float32)
-  for start in range(0, len(queries), 256):
-    part = slice(start, start + 256)
-    rows = keys[np.maximum(ids[part], 0)].astype(np.float64)
-    query = queries[part].astype(np.float64)
-    out[part] = np.matmul(rows, query[:, :, None])[:, :, 0]
-  return np.where(ids < 0, np.float32(-np.inf), out)
+  n, k = ids.shape
+  out = np.full(ids.shape, -np.inf, np.float32)
+  if not out.size or not len(keys):
+    return out
+  cores = os.cpu_count() or 1
+  # Copies of rows in float64 that stay in a core's cache: some 1 MB.
+  block = max(1, (1 << 17) // (k * keys.shape[1]))
+
+  def score(rows: range) -> None:
+    shape = (block, k, keys.shape[1])
+    single, double = np.empty(shape, np.float32), np.empty(shape, np.float64)
+    for start in range(rows.start, rows.stop, block):
+      part = slice(start, min(start + block, rows.stop))
+      some = ids[part]
+      few, many = single[: len(some)], double[: len(some)]
+      np.take(keys, np.maximum(some, 0), axis=0, out=few, mode="clip")
+      many[:] = few
+      query = queries[part].astype(np.float64)
+      dots = np.matmul(many, query[:, :, None])[:, :, 0]
+      out[part] = np.where(some < 0, -np.inf, dots)
+
+  share = max(block, min(4096, -(-n // cores)))
+  parts = [range(i, min(i + share, n)) for i in range(0, n, share)]
+  with running.one_blas_thread():
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+      list(pool.map(score, parts))
+  return out
+
+
+def best_scores(
+  keys: np.ndarray,
+  queries: np.ndarray,
+  k: int,
+  exclude: Groups | None = None,
+) -> np.ndarray:
+  """The best scores by brute force: float32 [q, k], descending, -inf pads.
+
+  Those of several index shards are merged by sorting them together.
+  """
+  keys, queries = (np.asarray(x, np.float32) for x in (keys, queries))
+  if not len(keys):
+    return np.full((len(queries), k), -np.inf, np.float32)
+  engine = exact.Exact(keys, approximate=False)
+  return search(engine, keys, queries, k, exclude=exclude).scores
+
+
+def recall(found: np.ndarray, best: np.ndarray) -> float:
+  """Tie-aware recall of lists.
+
+  A neighbour counts when its score is at least that of the true k-th one, so
+  that swapping equal scores costs nothing. Pads of `best` ask for nothing.
+
+  Args:
+    found: scores of neighbours [q, >= k], -inf pads.
+    best: the true k best scores [q, k], descending, -inf pads.
+  """
+  hits, there = recalled(found, best)
+  return float(hits.sum() / there.sum()) if there.any() else 1.0
+
+
+def recalled(
+  found: np.ndarray, best: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Neighbours found of each query [q], and those that there are [q]."""
+  there = np.isfinite(best).sum(axis=1)
+  kth = np.take_along_axis(best, np.maximum(there - 1, 0)[:, None], axis=1)
+  found = found[:, : best.shape[1]]
+  hits = (np.isfinite(found) & (found >= kth - _TIE)).sum(axis=1)
+  return np.minimum(hits, there), there
 
 
 def measure_recall(
@@ -346,10 +295,7 @@ def measure_recall(
   sample: int,
   exclude: Groups | None = None,
 ) -> float:
-  """Tie-aware recall@k on an even sample of queries, against brute force.
-
-  A returned neighbour counts when its score is at least that of the true k-th
-  one, so that swapping equal scores costs nothing.
+  """Recall@k on an even sample of queries, against brute force.
 
   Args:
     result: what a searcher returned for `queries`.
@@ -359,16 +305,11 @@ def measure_recall(
     sample: number of queries to check.
     exclude: as in `search`.
   """
-  n = len(queries)
-  rows = np.unique(np.linspace(0, n - 1, min(sample, n)).astype(np.int64))
-  k = min(k, len(keys))
-  hits = 0
-  for start in range(0, len(rows), 64):
-    part = rows[start : start + 64]
-    scores = queries[part] @ keys.T
-    if exclude is not None:
-      scores[exclude.of(part).forbidden()] = -np.inf
-    kth = -np.partition(-scores, k - 1, axis=1)[:, k - 1]
-    found = result.scores[part, :k]
-    hits += int((found >= kth[:, None] - 1e-6).sum())
-  return hits / (len(rows) * k)
+  rows = even_sample(len(queries), sample)
+  own = exclude.of(rows) if exclude is not None else None
+  return recall(result.scores[rows], best_scores(keys, queries[rows], k, own))
+
+
+def even_sample(n: int, sample: int) -> np.ndarray:
+  """Ascending rows, at most `sample`, spread evenly over n."""
+  return np.unique(np.linspace(0, max(n - 1, 0), min(sample, n)).astype(int))

@@ -6,20 +6,18 @@ neighbours best first, and the learned weight of each above it.
 
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from retrieval_aug.common import files
 from retrieval_aug.datasets import Downstream, MemorySource
+from retrieval_aug.report import pictures
 from retrieval_aug.training.input_pipeline import Examples
 
 _RIGHT, _WRONG, _BAR = "#1a7f37", "#c4302b", "#3b6fb6"
-_VERSION = "retrieval_aug"
 
 
 class Row(NamedTuple):
@@ -90,7 +88,7 @@ def draw(
   rows: list[Row],
   downstream: Downstream,
   memory: MemorySource,
-  table_ids: Sequence[str],
+  table_ids: Mapping[int, str],
   version: str,
 ) -> None:
   """Draws the rows to a PNG, atomically.
@@ -99,9 +97,10 @@ def draw(
     path: of the PNG.
     rows: from `choose`.
     downstream: has the query images and class names.
-    memory: has the neighbours' images and texts.
-    table_ids: id of each row of the memory table.
-    version: kept in the file, see `version_of`.
+    memory: has the neighbours' images and texts; of those that it does not
+      have, which were added to the table later, the id stands in their place.
+    table_ids: id of the rows of the memory table that are neighbours.
+    version: kept in the file, see `pictures.version_of`.
   """
   query_of = {x: i for i, x in enumerate(downstream.ids)}
   item_of = {x: i for i, x in enumerate(memory.ids)}
@@ -124,7 +123,7 @@ def draw(
   for y, row in enumerate(rows):
     axes = figure.add_subplot(grid[3 * y : 3 * y + 2, 0])
     axes.imshow(downstream.image(query_of[row.example_id]))
-    _hide(axes)
+    pictures.hide(axes)
     names = downstream.class_names
     right = row.prediction == row.truth
     axes.set_title(
@@ -153,27 +152,16 @@ def draw(
       )
       bar.axis("off")
       axes = figure.add_subplot(grid[3 * y + 1, x + 1])
-      item = item_of[table_ids[neighbor]]
-      axes.imshow(memory.image(item))
-      _hide(axes)
-      text = textwrap.shorten(memory.texts[item], 40, placeholder="...")
+      item = item_of.get(table_ids[neighbor])
+      text = table_ids[neighbor]
+      if item is None:
+        axes.set(aspect="equal")
+      else:
+        axes.imshow(memory.image(item))
+        text = memory.texts[item]
+      pictures.hide(axes)
+      text = textwrap.shorten(text, 40, placeholder="...")
       axes.set_xlabel(
         textwrap.fill(text, 20), fontsize=6.5, color="#444444", labelpad=2
       )
-  with files.atomic_path(path) as temporary:
-    figure.savefig(temporary, format="png", metadata={_VERSION: version})
-
-
-def _hide(axes) -> None:
-  axes.set(xticks=[], yticks=[])
-  for spine in axes.spines.values():
-    spine.set_color("#dddddd")
-
-
-def version_of(path: pathlib.Path) -> str | None:
-  """What `draw` was told to remember, or None if there is no such picture."""
-  try:
-    with PIL.Image.open(path) as image:
-      return image.info.get(_VERSION)
-  except OSError:
-    return None
+  pictures.save(figure, path, version)

@@ -92,7 +92,7 @@ def check(model: str, train: dict[str, Any]) -> None:
 
   Args:
     model: its name.
-    train: its `config.train_settings`.
+    train: its `settings.train_settings`.
 
   Raises:
     UserError: the model has nothing to train, or one of the settings of
@@ -124,7 +124,7 @@ def cache_artifact(
     folder: of all caches of an experiment.
     queries: table of the same images.
     split: "train" is augmented as `train` says, the others are not.
-    train: `config.train_settings` of the model.
+    train: `settings.train_settings` of the model.
     shard_rows: images a shard.
   """
   whole = split == "train" and augment.make(train["augment"]).crops

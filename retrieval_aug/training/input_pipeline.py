@@ -14,6 +14,7 @@ import numpy as np
 
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.tf import import_tensorflow
+from retrieval_aug.memory import neighbors
 
 
 class Examples(NamedTuple):
@@ -54,38 +55,13 @@ def read(
     UserError: an example is missing, surplus or out of order, a label
       differs, or a record cannot be read; names file and id.
   """
-  tf = import_tensorflow()
-  feature = tf.io.FixedLenFeature
-  spec = {
-    "example_id": feature([], tf.string),
-    "label": feature([], tf.int64),
-    "query": feature([], tf.string),
-    "neighbor_ids": feature([], tf.string),
-    "neighbor_scores": feature([], tf.string),
-  }
-
-  def parse(records):
-    x = tf.io.parse_example(records, spec)
-    # As integers of the same width: TensorFlow warns of float16 on most CPUs.
-    x["query"] = tf.io.decode_raw(x["query"], tf.uint16)
-    x["neighbor_ids"] = tf.io.decode_raw(x["neighbor_ids"], tf.int64)
-    x["neighbor_scores"] = tf.io.decode_raw(x["neighbor_scores"], tf.float32)
-    return x
-
   files = ", ".join(p.name for p in paths)
   remedy = f"delete {paths[0].parent} to have it made again"
-  data = tf.data.TFRecordDataset([str(p) for p in paths])
-  data = data.batch(1024).map(parse, num_parallel_calls=2).prefetch(2)
-  try:
-    parts = list(data.as_numpy_iterator())
-  except tf.errors.OpError as error:
-    reason = error.message.splitlines()[0][:160]
-    raise UserError(f"{files}: cannot be read ({reason}); {remedy}.") from error
-  if not parts:
+  joined = neighbors.read_records(paths, remedy)
+  if joined is None:
     raise UserError(
       f"{files}: no examples where there should be {len(ids)}; {remedy}."
     )
-  joined = {n: np.concatenate([p[n] for p in parts]) for n in spec}
   found = [x.decode() for x in joined["example_id"]]
   if found != ids:
     missing = sorted(set(ids) - set(found))
@@ -111,7 +87,7 @@ def read(
   return Examples(
     ids=found,
     labels=joined["label"].astype(np.int32),
-    queries=joined["query"].view("<f2").astype(np.float32),
+    queries=joined["query"].astype(np.float32),
     neighbors=joined["neighbor_ids"],
     scores=joined["neighbor_scores"],
   )

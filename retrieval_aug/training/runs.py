@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from retrieval_aug.common.errors import UserError
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.memory import neighbors, rac
 from retrieval_aug.memory.table import Table
+from retrieval_aug.memory.working_set import WorkingSet
 from retrieval_aug.training import (
   augment,
   finetune,
@@ -79,7 +81,7 @@ def read_examples(
 
 def load_data(
   examples: dict[str, input_pipeline.Examples],
-  working_set: neighbors.WorkingSet,
+  working_set: WorkingSet,
   fingerprint: str,
 ) -> Data:
   """Brings examples and working set into the form that runs use."""
@@ -130,7 +132,7 @@ class Run:
   Attributes:
     model_name: a name in `models`.
     options: of the module.
-    train: as `config.train_settings` gives them.
+    train: as `settings.train_settings` gives them.
     seed: of parameters, order and dropout.
     folder: of this run.
     data_fingerprint: of the data it sees.
@@ -291,13 +293,47 @@ def _bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def evaluation_artifact(run: Run, shot_groups: str) -> manifest.Artifact:
-  """Predictions and metrics of a run."""
-  return manifest.Artifact(
-    run.folder / "evaluation",
-    "evaluation",
-    {"run": run.artifact.fingerprint, "shot_groups": shot_groups},
-  )
+def evaluation_artifact(
+  run: Run, shot_groups: str, data_fingerprint: str
+) -> manifest.Artifact:
+  """Predictions and metrics of a run.
+
+  Args:
+    run: trained.
+    shot_groups: see `accuracy.shot_groups`.
+    data_fingerprint: of the data that it predicts from; another than it was
+      trained on where the memory was edited since.
+  """
+  inputs = {"run": run.artifact.fingerprint, "shot_groups": shot_groups}
+  name = "evaluation"
+  if data_fingerprint != run.data_fingerprint:
+    inputs["data"] = data_fingerprint
+    name = f"evaluation_{data_fingerprint[:8]}"
+  return manifest.Artifact(run.folder / name, "evaluation", inputs)
+
+
+def trained_on(run: Run, data_fingerprints: Sequence[str]) -> Run:
+  """The run as it was trained, if that was before the memory was edited.
+
+  Args:
+    run: on the data as they are.
+    data_fingerprints: of the data as they were before.
+  """
+  path = run.folder / manifest.NAME
+  if not path.exists():
+    return run
+  found = files.read_json(path).get("fingerprint")
+  for fingerprint in data_fingerprints:
+    before = dataclasses.replace(run, data_fingerprint=fingerprint)
+    if before.artifact.fingerprint == found:
+      if before.artifact.is_complete():
+        return before
+      raise UserError(
+        f"{run.folder}: this run began before the memory was edited; restore "
+        "the memory and finish it, or delete the folder to train on the edited "
+        "one."
+      )
+  return run
 
 
 def check_trained(runs: list[Run]) -> None:
@@ -329,7 +365,9 @@ def evaluate(
     shot_groups: see `accuracy.shot_groups`.
   """
   groups = accuracy.shot_groups(data.class_counts, shot_groups)
-  artifacts = {r.seed: evaluation_artifact(r, shot_groups) for r in runs}
+  artifacts = {
+    r.seed: evaluation_artifact(r, shot_groups, data.fingerprint) for r in runs
+  }
   todo = [run for run in runs if not artifacts[run.seed].is_complete()]
   if not todo:
     return

@@ -90,7 +90,7 @@ def check(train: dict[str, Any]) -> None:
   """Refuses to keep a part of where nothing but chance began.
 
   Args:
-    train: `config.train_settings` of a model.
+    train: `settings.train_settings` of a model.
 
   Raises:
     UserError: `keep_start` makes no sense.

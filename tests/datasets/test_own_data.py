@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from retrieval_aug import datasets
+from retrieval_aug.common import manifest
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.memory import neighbors, table
+from retrieval_aug.memory import exclusion, table
 
 COLORS = {"red": (250, 0, 0), "dark_blue": (0, 0, 90), "green": (0, 250, 0)}
 SPLITS = ("train", "train", "val", "test")
@@ -260,13 +261,14 @@ class TestIdentity:
       ("queries", columns | {"group": downstream.groups}),
       ("memory", {"id": memory.ids, **memory.columns}),
     ):
-      artifact = neighbors.manifest.Artifact(tmp_path / name, table.KIND, {})
+      artifact = manifest.Artifact(tmp_path / name, table.KIND, {})
       artifact.start()
       keys = np.ones((len(metadata["id"]), 2))
       table.write_shard(artifact, 0, keys=keys, values={}, metadata=metadata)
       artifact.finish(["00000"], {"key_dims": 2, "value_dims": {}})
       tables.append(table.Table(tmp_path / name))
-    hidden = neighbors.near_copies(*tables).forbidden()
+    near_copies = exclusion.Exclusion(*tables)
+    hidden = near_copies.groups(range(tables[1].rows)).forbidden()
     # The second training image, and not the test image: that is a leak.
     assert np.argwhere(hidden).tolist() == [[1, 1]]
 

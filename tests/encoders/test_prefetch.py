@@ -1,6 +1,7 @@
 """Batches loaded ahead by threads and by processes."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import threading
 
@@ -55,6 +56,52 @@ def test_processes_load_the_same_and_name_the_broken_item():
     with pytest.raises(UserError, match="^a.svg: install another renderer.$"):
       list(pool.ahead([range(18, 21)]))
   assert sum(images.loads) == 0
+
+
+def _sifted(images, skip=True, **changes):
+  loader = dataclasses.replace(_loader(images), **changes)
+  return prefetch.Sifter(loader, skip)([3, 4, 5, 6])
+
+
+def test_a_sifter_leaves_out_what_cannot_be_read_and_says_why():
+  images = pictures.Pictures()
+  images.broken[4] = OSError("cut\nshort, <file object at 0x7f09ab>")
+  images.broken[6] = UserError("a.svg: install another renderer.")
+  found = _sifted(images)
+  assert found.indices == [3, 5]
+  (first,) = found.prepared
+  np.testing.assert_array_equal(first, [pictures.pixels(3), pictures.pixels(5)])
+  assert found.faults == {
+    4: "OSError: cut short, <file object>",
+    6: "a.svg: install another renderer.",
+  }
+  hint = "Such items are skipped with X."
+  with pytest.raises(UserError, match="'item/4' .*; mend or remove it. Such"):
+    _sifted(images, skip=False, hint=hint)
+  del images.broken[4]
+  with pytest.raises(UserError, match="renderer. Such items are skipped with"):
+    _sifted(images, skip=False, hint=hint)
+
+
+def test_an_image_that_cannot_be_prepared_is_found_among_the_others():
+  def prepare(batch):
+    if any((x == pictures.pixels(5)).all() for x in batch):
+      raise ValueError("too narrow")
+    return np.stack(batch)
+
+  found = _sifted(pictures.Pictures(), prepares=(np.stack, prepare))
+  assert found.indices == [3, 4, 6]
+  assert [len(x) for x in found.prepared] == [3, 3]
+  assert found.faults == {5: "ValueError: too narrow"}
+
+
+def test_nothing_left_is_nothing_prepared_and_no_memory_is_no_fault():
+  images = pictures.Pictures()
+  images.broken = {i: OSError() for i in range(3, 7)}
+  assert _sifted(images) == ([], [], dict.fromkeys(range(3, 7), "OSError"))
+  images.broken[5] = MemoryError()
+  with pytest.raises(MemoryError):
+    _sifted(images)
 
 
 def test_a_process_that_ends_is_reported():

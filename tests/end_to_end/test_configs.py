@@ -16,6 +16,7 @@ import pytest
 from retrieval_aug import config as configs
 from retrieval_aug import datasets, main
 from retrieval_aug.memory.table import Table
+from retrieval_aug.settings import Settings, chosen_models
 from tests import test_configs_data
 from tests.end_to_end import miniatures
 
@@ -179,7 +180,7 @@ def test_two_steps_of_training(name, run, checkpoints, tmp_path, monkeypatch):
   data, workdir = tmp_path / "data", tmp_path / "workdir"
   data.mkdir()
   c = _config(name, run, monkeypatch, checkpoints, data)
-  asked = configs.models(configs.Settings(c))
+  asked = chosen_models(Settings(c))
   assert set(run.models) <= set(asked)
   _two_steps(c, run.models)
   main.run(c, workdir, ["embed", "search", "train"])

@@ -13,8 +13,9 @@ import pytest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.datasets import stored, vectors
 from retrieval_aug.datasets.types import Downstream
-from retrieval_aug.encoders import Encoder
-from retrieval_aug.memory import embed, stand_ins, table
+from retrieval_aug.encoders import Encoder, prefetch
+from retrieval_aug.memory import embed, jobs, stand_ins, table
+from retrieval_aug.memory.embed_texts import embed_texts
 from tests.datasets import embedding_folders as folders
 from tests.encoders import pictures
 from tests.encoders.pictures import SIZE, D, N
@@ -220,7 +221,7 @@ def test_a_distinct_text_is_embedded_once(text_encoder):
     return text_encoder.prepare(texts)
 
   counting = dataclasses.replace(text_encoder, prepare=prepare)
-  out = embed.embed_texts(counting, ["bb", "a", "bb", "ccc", "a"], batch_size=2)
+  out = embed_texts(counting, ["bb", "a", "bb", "ccc", "a"], batch_size=2)
   assert sorted(seen) == ["a", "bb", "ccc"]
   np.testing.assert_array_equal(out[:, 0], [2, 1, 2, 3, 1])
 
@@ -279,13 +280,14 @@ def test_an_unreadable_image_names_its_item_and_what_to_do(
     _embed(tmp_path, memory, encoder, [])
   assert str(caught.value) == (
     "tiny memory: the image of item 'item/17' cannot be read (OSError: image "
-    "file is truncated); mend or remove it."
+    "file is truncated); mend or remove it. Such items are left out with "
+    "--config.memory.on_error=skip."
   )
 
 
 def test_a_sources_own_error_is_kept(tmp_path, memory, images, encoder):
   images.broken[2] = UserError("a.svg: install another renderer.")
-  with pytest.raises(UserError, match="^a.svg: install another renderer.$"):
+  with pytest.raises(UserError, match="^a.svg: install another renderer. Su"):
     _embed(tmp_path, memory, encoder, [])
 
 
@@ -312,8 +314,9 @@ def test_a_nan_embedding_is_refused_and_nothing_of_its_shard_written(
   with pytest.raises(UserError) as caught:
     _embed(tmp_path, memory, encoder, [text_encoder])
   message = str(caught.value)
-  assert "item 'item/13' is not finite" in message and "\n" not in message
-  assert str(tmp_path / which) in message
+  assert "item 'item/13' (tiny memory, item 13) cannot be embedded" in message
+  what = {"keys": "its key", "values": "its value of letters"}[which]
+  assert f"{what} is not finite" in message and "\n" not in message
   assert [p.name for p in tmp_path.glob("*_00001.*")] == []
   assert (tmp_path / "keys_00000.npy").exists()
   with pytest.raises(UserError, match="this table is not finished"):
@@ -332,6 +335,56 @@ def test_estimate_counts_rows_dims_and_weights(memory):
 
 def _no_encoder():
   raise AssertionError("nothing needs an encoder of images")
+
+
+def test_units_in_any_order_give_the_same_bytes(
+  tmp_path, images, memory, encoder, text_encoder
+):
+  expected = _embed(tmp_path / "a", memory, encoder, [text_encoder]).folder
+  artifact = embed.table_artifact(
+    tmp_path / "b", memory, encoder, [text_encoder], SHARD_ROWS
+  )
+  job = embed.EmbedJob(artifact, memory, encoder, [text_encoder], **OPTIONS)
+  artifact.start()
+  assert job.phases() == ["embed"]
+  assert job.units("embed") == ["00000", "00001", "00002"]
+  images.loads = [0] * N
+  for unit in ("00002", "00000", "00001"):
+    job.do("embed", unit, lambda _: None)
+    # Who closes a job may use it again.
+    job.close()
+  assert job.units("embed") == []
+  job.finish()
+  assert images.loads == [1] * N
+  assert _bytes(tmp_path / "b") == _bytes(expected)
+
+
+def test_encoders_are_compiled_and_workers_started_once(
+  tmp_path, memory, encoder, monkeypatch
+):
+  pools, traces = [], []
+
+  def apply(params, batch):
+    traces.append(batch.shape)
+    return pictures.project(params, batch)
+
+  def pool(*args, **kwargs):
+    pools.append(args)
+    return make(*args, **kwargs)
+
+  make = prefetch.pool
+  monkeypatch.setattr(prefetch, "pool", pool)
+  counting = dataclasses.replace(encoder, apply=apply)
+  artifact = embed.table_artifact(tmp_path, memory, counting, [], 4)
+  options = OPTIONS | {"shard_rows": 4}
+  job = embed.EmbedJob(artifact, memory, counting, [], **options)
+  assert not pools  # a process that lists units starts none
+  jobs.run(job)
+  assert len(pools) == 1 and traces == [(4, SIZE, SIZE, 3)]
+
+
+def _bytes(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
 class TestStored:

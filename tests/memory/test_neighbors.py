@@ -5,23 +5,31 @@ import json
 import numpy as np
 import pytest
 
+from retrieval_aug import config as configs
 from retrieval_aug.common import manifest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.tf import import_tensorflow
-from retrieval_aug.memory import neighbors, search, table
+from retrieval_aug.memory import (
+  exclusion,
+  find,
+  neighbors,
+  partial,
+  search,
+  table,
+)
 from retrieval_aug.training import input_pipeline
 
 M, N, D, DV, K, DIMS = 53, 31, 11, 7, 5, 3
 SPLITS = ["train"] * 17 + ["val"] * 5 + ["test"] * 9
 # A split's rows are not together in the table.
 SPLITS = [SPLITS[i] for i in np.random.default_rng(0).permutation(N)]
-SEARCH = {
+SEARCH = configs.defaults().search.to_dict() | {
   "searcher": "exact",
   "k": K,
   "key_transform": "pca",
   "key_dims": DIMS,
   "recall_sample": 13,
-  "min_recall": 0.95,
+  "recall_target": 0.95,
   "shard_rows": 7,
 }
 ENCODER = {"name": "tiny", "weights_sha256": "00"}
@@ -67,7 +75,7 @@ def _artifact(tmp_path, queries, memory, **changes):
 def found(tmp_path, queries, memory):
   """The finished neighbour shards."""
   artifact = _artifact(tmp_path, queries, memory)
-  neighbors.find(artifact, queries, memory, **SEARCH)
+  find.find(artifact, queries, memory, SEARCH)
   return artifact
 
 
@@ -152,7 +160,7 @@ class TestRoundTrip:
     other = neighbors.neighbors_artifact(
       tmp_path / "other", queries, memory, SEARCH | changes
     )
-    neighbors.find(other, queries, memory, **SEARCH | changes)
+    find.find(other, queries, memory, SEARCH | changes)
     for one, two in zip(_read(found), _read(other)):
       np.testing.assert_array_equal(one, two)
 
@@ -168,7 +176,7 @@ class TestRoundTrip:
     self, tmp_path, queries, memory
   ):
     artifact = _artifact(tmp_path, queries, memory, k=M + 6)
-    neighbors.find(artifact, queries, memory, **SEARCH | {"k": M + 6})
+    find.find(artifact, queries, memory, SEARCH | {"k": M + 6})
     examples = _read(artifact, k=M + 6)
     assert (np.sort(examples.neighbors[:, :M]) == np.arange(M)).all()
     assert (examples.neighbors[:, M:] == -1).all()
@@ -187,19 +195,19 @@ class TestRoundTrip:
     self, tmp_path, queries, memory, monkeypatch
   ):
     artifact = _artifact(tmp_path, queries, memory)
-    real, calls = search.search, []
+    real, calls = partial.save, []
 
-    def dies(*arguments, **options):
+    def dies(*arguments):
       calls.append(1)
       if len(calls) == 4:
         raise KeyboardInterrupt
-      return real(*arguments, **options)
+      real(*arguments)
 
-    monkeypatch.setattr(search, "search", dies)
+    monkeypatch.setattr(partial, "save", dies)
     with pytest.raises(KeyboardInterrupt):
-      neighbors.find(artifact, queries, memory, **SEARCH)
+      find.find(artifact, queries, memory, SEARCH)
     assert not artifact.is_complete()
-    neighbors.find(artifact, queries, memory, **SEARCH)
+    find.find(artifact, queries, memory, SEARCH)
     # Three shards, a fault, and the other three of 3 + 1 + 2.
     assert len(calls) == 4 + 3
     assert _read(artifact).neighbors.shape == (17, K)
@@ -311,9 +319,7 @@ class TestInputs:
   def test_tables_of_two_widths_are_refused_with_both(self, tmp_path, memory):
     other = _table(tmp_path / "others", N, 13, label=[0] * N, split=SPLITS)
     artifact = _artifact(tmp_path, other, memory)
-    message = _refusal(
-      lambda: neighbors.find(artifact, other, memory, **SEARCH)
-    )
+    message = _refusal(lambda: find.find(artifact, other, memory, SEARCH))
     assert "queries have 13 dims" in message
     assert f"the keys of {memory.folder} 11" in message
     assert not artifact.is_complete()
@@ -327,16 +333,14 @@ class TestInputs:
     np.save(memory.folder / "keys_00000.npy", keys)
     path = memory.folder / "manifest.json"
     text = json.loads(path.read_text())
-    text["shards"]["00000"]["files"]["keys_00000.npy"] = manifest._digest(
+    text["shards"]["00000"]["files"]["keys_00000.npy"] = manifest.digest(
       memory.folder / "keys_00000.npy"
     )
     path.write_text(json.dumps(text))
     memory = table.Table(memory.folder)
     options = SEARCH | {"key_transform": "none"}
     artifact = _artifact(tmp_path, queries, memory, key_transform="none")
-    message = _refusal(
-      lambda: neighbors.find(artifact, queries, memory, **options)
-    )
+    message = _refusal(lambda: find.find(artifact, queries, memory, options))
     assert f"keys of {memory.folder}: row 29 is zero" in message
 
   @pytest.mark.parametrize(
@@ -348,20 +352,18 @@ class TestInputs:
     changes = {name: value}
     artifact = _artifact(tmp_path, queries, memory, **changes)
     message = _refusal(
-      lambda: neighbors.find(artifact, queries, memory, **SEARCH | changes)
+      lambda: find.find(artifact, queries, memory, SEARCH | changes)
     )
     assert f"config.search.{name}={value}: must be at least 1" in message
 
   def test_low_recall_ends_the_search_with_what_to_do(
     self, tmp_path, queries, memory, monkeypatch
   ):
-    monkeypatch.setattr(search, "measure_recall", lambda *_: 0.5)
+    monkeypatch.setattr(search, "recall", lambda *_: 0.5)
     artifact = _artifact(tmp_path, queries, memory)
-    message = _refusal(
-      lambda: neighbors.find(artifact, queries, memory, **SEARCH)
-    )
+    message = _refusal(lambda: find.find(artifact, queries, memory, SEARCH))
     assert f"exact search reached recall@{K} 0.500" in message
-    assert "config.search.min_recall=0.95" in message
+    assert "config.search.recall_target=0.95" in message
     assert "--config.search.searcher=exact" in message
     assert not artifact.is_complete()
 
@@ -405,7 +407,7 @@ class TestMemoryThatHoldsTheTrainingExamples:
 
   def _find(self, tmp_path, queries, memory):
     artifact = _artifact(tmp_path, queries, memory)
-    neighbors.find(artifact, queries, memory, **SEARCH)
+    find.find(artifact, queries, memory, SEARCH)
     assert artifact.info()["recall"] == 1.0
     return artifact
 
@@ -441,7 +443,8 @@ class TestMemoryThatHoldsTheTrainingExamples:
   def test_one_id_in_two_groups_is_refused(self, tmp_path, shared):
     *_, groups, _ = shared
     queries, memory = self._finish(shared, group=["other", *groups[1:]])
-    message = _refusal(lambda: neighbors.near_copies(queries, memory))
+    near_copies = exclusion.Exclusion(queries, memory)
+    message = _refusal(lambda: near_copies.groups(range(memory.rows)))
     assert "'queries/0' has the group 'g0'" in message
     assert "'other'" in message
 
@@ -452,106 +455,9 @@ class TestMemoryThatHoldsTheTrainingExamples:
     artifact = neighbors.neighbors_artifact(
       tmp_path / "neighbors", queries, memory, search_all
     )
-    neighbors.find(artifact, queries, memory, **search_all)
+    find.find(artifact, queries, memory, search_all)
     assert artifact.info()["recall_queries"] == N
 
   def test_a_memory_of_other_items_hides_nothing(self, queries, memory):
-    assert neighbors.near_copies(queries, memory) is None
-
-
-class TestSourcesAndLabels:
-  def _working_set(self, tmp_path, found, queries, memory):
-    artifact = neighbors.working_set_artifact(tmp_path / "set", found, ["text"])
-    neighbors.gather_working_set(
-      artifact, found, queries, memory, ["text"], [np.array([[41, 3, -1]])]
-    )
-    return neighbors.load_working_set(artifact)
-
-  def test_are_those_of_the_rows(self, tmp_path, found):
-    values = {"text": np.ones((M, DV))}
-    memory = _table(
-      tmp_path / "own",
-      M,
-      D,
-      values=values,
-      source=["web" if i % 2 else "books" for i in range(M)],
-      label=["owl" if i > 9 else "nothing known" for i in range(M)],
-    )
-    queries = _table(
-      tmp_path / "asks",
-      N,
-      D,
-      label=[i % 2 for i in range(N)],
-      class_name=["fox" if i % 2 == 0 else "owl" for i in range(N)],
-    )
-    made = self._working_set(tmp_path, found, queries, memory)
-    assert made.rows.tolist() == [3, 41]
-    assert made.source_names == ["books", "web"]
-    assert made.sources.tolist() == [1, 1] and made.sources.dtype == np.int32
-    assert made.labels.tolist() == [-1, 1] and made.labels.dtype == np.int32
-
-  def test_a_memory_without_them_is_one_source_without_classes(
-    self, tmp_path, found, queries, memory
-  ):
-    made = self._working_set(tmp_path, found, queries, memory)
-    assert made.sources.tolist() == [0, 0] and len(made.source_names) == 1
-    assert made.labels.tolist() == [-1, -1]
-
-
-class TestWorkingSet:
-  LISTS = [np.array([[41, 3, -1], [3, 52, 0]]), np.array([[17, -1, -1]])]
-  ROWS = [0, 3, 17, 41, 52]
-
-  @pytest.fixture
-  def made(self, tmp_path, found, queries, memory):
-    artifact = neighbors.working_set_artifact(
-      tmp_path / "working_set", found, ["text"]
-    )
-    neighbors.gather_working_set(
-      artifact, found, queries, memory, ["text"], self.LISTS
-    )
-    return artifact
-
-  def test_holds_each_named_row_once(self, made, memory, queries):
-    working_set = neighbors.load_working_set(made)
-    assert working_set.rows.tolist() == self.ROWS
-    assert working_set.keys.shape == (5, DIMS)
-    np.testing.assert_array_equal(
-      working_set.values["text"], memory.values("text")[self.ROWS]
-    )
-    keys = working_set.keys.astype(np.float64)
-    _, unit = _transformed(queries, memory)
-    cosines = keys @ keys.T / np.outer(*[np.linalg.norm(keys, axis=1)] * 2)
-    np.testing.assert_allclose(
-      cosines, unit[self.ROWS] @ unit[self.ROWS].T, atol=2e-3
-    )
-
-  def test_renumbers_table_rows_and_keeps_pads(self, made):
-    working_set = neighbors.load_working_set(made)
-    found = working_set.renumber(self.LISTS[0])
-    assert found.dtype == np.int32
-    assert found.tolist() == [[3, 1, -1], [1, 4, 0]]
-
-  @pytest.mark.parametrize("strange", [1, 53, 10**12])
-  def test_a_row_that_it_does_not_hold_is_refused(self, made, strange):
-    working_set = neighbors.load_working_set(made)
-    message = _refusal(lambda: working_set.renumber(np.array([[3, strange]])))
-    assert f"neighbour row {strange} is not in the working set" in message
-    assert "delete the working_set folder" in message
-
-  @pytest.mark.parametrize("name", ["keys.npy", "values_text.npy", "rows.npy"])
-  @pytest.mark.parametrize("damage", ["truncate", "flip_bit", "delete"])
-  def test_a_damaged_file_is_named_with_the_remedy(
-    self, made, name, damage, truncate, flip_bit
-  ):
-    act = {"truncate": truncate, "flip_bit": flip_bit}
-    act.get(damage, lambda p: p.unlink())(made.folder / name)
-    message = _refusal(lambda: neighbors.load_working_set(made))
-    assert str(made.folder / name) in message
-    assert f"delete {made.folder} to have it made again" in message
-
-  def test_values_of_another_encoder_are_another_working_set(
-    self, tmp_path, made, found
-  ):
-    other = neighbors.working_set_artifact(made.folder, found, ["t5"])
-    assert 'values: ["text"] -> ["t5"]' in _refusal(other.is_complete)
+    near_copies = exclusion.Exclusion(queries, memory)
+    assert near_copies.groups(range(memory.rows)) is None

@@ -1,26 +1,12 @@
-"""One conformance table for all searchers, with brute force as the oracle.
-
-Vectors have an intrinsic dimension of 5, so that neighbours mean something
-and recall is not a matter of luck.
-"""
-
-import pathlib
-import subprocess
-import sys
-import types
+"""What is the same for all engines: scores, order, exclusion, recall."""
 
 import numpy as np
 import pytest
 
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.memory import search
+from retrieval_aug.memory import search, searchers
 
 N, Q, D, K = 211, 29, 13, 7
-
-needs_scann = pytest.mark.skipif(
-  sys.platform != "linux", reason="ScaNN has wheels for Linux only"
-)
-SEARCHERS = ["exact", pytest.param("scann", marks=needs_scann)]
 
 
 def _vectors(n, seed, dims=D):
@@ -51,104 +37,8 @@ def _oracle(keys, queries, k):
 
 
 def _search(kind, keys, queries, k, **options):
-  engine = search.build(kind, keys, k, **options)
+  engine = searchers.build(kind, keys, search.wanted(k, len(keys)))
   return search.search(engine, keys, queries, k, **options)
-
-
-@pytest.mark.parametrize("kind", SEARCHERS)
-class TestEverySearcher:
-  def test_finds_what_brute_force_finds(self, kind, keys, queries):
-    found = _search(kind, keys, queries, K)
-    ids, scores = _oracle(keys, queries, K)
-    assert found.ids.dtype == np.int64 and found.scores.dtype == np.float32
-    np.testing.assert_array_equal(found.ids, ids)
-    np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-7)
-
-  def test_equal_scores_are_ordered_by_id(self, kind, keys, queries):
-    keys[[190, 3, 77, 101]] = keys[50]
-    found = _search(kind, keys, keys[50:51], 5)
-    assert found.ids.tolist() == [[3, 50, 77, 101, 190]]
-    assert len(set(found.scores[0])) == 1
-
-  def test_more_neighbors_than_keys_are_padded(self, kind, keys, queries):
-    found = _search(kind, keys[:5], queries, K)
-    ids, scores = _oracle(keys[:5], queries, 5)
-    assert found.ids.shape == found.scores.shape == (Q, K)
-    np.testing.assert_array_equal(found.ids[:, :5], ids)
-    assert (found.ids[:, 5:] == -1).all()
-    assert (found.scores[:, 5:] == -np.inf).all()
-    assert np.isfinite(found.scores[:, :5]).all()
-
-  def test_one_key_is_everyones_neighbor(self, kind, keys, queries):
-    found = _search(kind, keys[:1], queries, 1)
-    assert (found.ids == 0).all()
-
-  @pytest.mark.parametrize("size", [1, 2, 41])
-  def test_keys_of_a_querys_group_are_not_found_and_none_is_missing(
-    self, kind, keys, queries, size
-  ):
-    """Groups of many keys push the neighbors far down the list."""
-    groups = np.arange(len(keys)) // size
-    groups[3] = -1  # not in any group
-    own = groups[:Q].copy()
-    own[5] = -1  # has nothing to leave out
-    exclude = search.Groups(own, groups)
-    found = _search(kind, keys, keys[:Q], K, exclude=exclude)
-    ids, _ = _oracle(keys, keys[:Q], len(keys))
-    for i in range(Q):
-      expected = [x for x in ids[i] if own[i] < 0 or groups[x] != own[i]][:K]
-      assert found.ids[i].tolist() == expected
-    assert 3 in found.ids[3] and 5 in found.ids[5]
-    recall = search.measure_recall(found, keys, keys[:Q], K, Q, exclude)
-    assert recall == 1.0
-
-  def test_a_smaller_k_is_a_view(self, kind, keys, queries):
-    large = _search(kind, keys, queries, K)
-    small = _search(kind, keys, queries, 3)
-    np.testing.assert_array_equal(large.ids[:, :3], small.ids)
-    np.testing.assert_array_equal(large.scores[:, :3], small.scores)
-
-  def test_each_query_is_on_its_own(self, kind, keys, queries):
-    together = _search(kind, keys, queries, K)
-    alone = [_search(kind, keys, queries[i : i + 1], K) for i in (0, 17)]
-    for row, single in zip((0, 17), alone):
-      np.testing.assert_array_equal(together.ids[row], single.ids[0])
-      np.testing.assert_array_equal(together.scores[row], single.scores[0])
-
-  def test_nothing_to_search_gives_padding(self, kind, keys, queries):
-    engine = search.build(kind, keys, K)
-    found = search.search(engine, keys, queries[:0], K)
-    assert found.ids.shape == (0, K)
-
-  def test_another_width_is_refused_with_both(self, kind, keys, queries):
-    with pytest.raises(UserError) as caught:
-      _search(kind, keys, queries[:, :11], K)
-    assert str(caught.value) == (
-      "queries have 11 dims, keys 13: both must come from one encoder and one "
-      "key_transform; embed them again."
-    )
-
-
-@pytest.mark.parametrize(
-  ("key_block", "query_block"), [(1, 64), (50, 7), (211, 1), (1000, 1000)]
-)
-def test_block_sizes_change_no_bit(keys, queries, key_block, query_block):
-  # Equal keys in different blocks: ties must not depend on the blocks.
-  keys[[2, 100, 210]] = keys[60]
-  queries[3] = keys[60]
-  whole = _search("exact", keys, queries, K)
-  engine = search.Exact(keys, key_block=key_block, query_block=query_block)
-  parts = search.search(engine, keys, queries, K)
-  np.testing.assert_array_equal(parts.ids, whole.ids)
-  np.testing.assert_array_equal(parts.scores, whole.scores)
-
-
-def test_the_last_block_of_queries_compiles_nothing_new(keys, queries):
-  engine = search.Exact(keys, query_block=8)
-  search.search(engine, keys, queries[:8], K)
-  compiled = search._merge_block._cache_size()
-  search.search(engine, keys, queries, K)
-  assert search._merge_block._cache_size() == compiled
 
 
 def test_scores_near_the_kth_are_ordered_by_their_exact_value(queries):
@@ -172,6 +62,18 @@ def test_exact_scores_are_cosines_and_minus_infinity_for_pads(keys, queries):
   )
   np.testing.assert_allclose(scores[:, [0, 2]], expected[:, [0, 2]], atol=1e-6)
   assert (scores[:, 1] == -np.inf).all()
+
+
+def test_exact_scores_of_many_blocks_and_threads_are_those_of_each(queries):
+  rng = np.random.default_rng(7)
+  keys = _vectors(N, 8, dims=D)
+  many = queries[rng.integers(Q, size=5003)]
+  ids = rng.integers(-1, N, (len(many), 11))
+  found = search.exact_scores(keys, many, ids)
+  rows = keys[ids].astype(np.float64)
+  dots = np.matmul(rows, many[:, :, None].astype(np.float64))[:, :, 0]
+  expected = np.where(ids < 0, -np.inf, dots).astype(np.float32)
+  np.testing.assert_array_equal(found, expected)
 
 
 class TestNormalize:
@@ -202,42 +104,18 @@ class TestNormalize:
     with pytest.raises(UserError, match=r"queries: \[13\] is not a matrix"):
       search.normalize(np.ones(13), "queries")
 
+  def test_blocks_of_rows_are_as_one(self, monkeypatch, keys):
+    whole = search.normalize(3 * keys, "keys")
+    monkeypatch.setattr(search, "_ROWS", 10)
+    np.testing.assert_array_equal(search.normalize(3 * keys, "keys"), whole)
+    keys[[17, 23, 205]] = 0
+    with pytest.raises(UserError, match=r"row 17 is zero.*\(3 such rows\)"):
+      search.normalize(keys, "keys")
+
   def test_the_caller_keeps_its_array(self, keys):
     before = keys.copy()
     search.normalize(keys, "keys")[:] = 0
     np.testing.assert_array_equal(keys, before)
-
-
-class TestChoice:
-  @pytest.fixture(autouse=True)
-  def machine(self, monkeypatch):
-    monkeypatch.setattr(search.os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(search.jax, "default_backend", lambda: "cpu")
-
-  @pytest.mark.parametrize("kind", ["exact", "scann"])
-  def test_a_searcher_that_is_asked_for_is_taken(self, kind):
-    assert search.choose(kind, 10**9)[0] == kind
-    assert search.choose(kind, 1)[0] == kind
-
-  @pytest.mark.parametrize(
-    ("queries", "kind"), [(41_999, "exact"), (42_000, "scann")]
-  )
-  def test_auto_takes_an_index_from_14000_queries_a_core(self, queries, kind):
-    chosen, why = search.choose("auto", queries)
-    assert chosen == kind and f"{queries:,} queries" in why
-
-  def test_auto_is_exact_on_an_accelerator(self, monkeypatch):
-    monkeypatch.setattr(search.jax, "default_backend", lambda: "gpu")
-    assert search.choose("auto", 10**9) == (
-      "exact",
-      "exact search: a gpu is at hand",
-    )
-
-  def test_an_unknown_searcher_is_refused_with_the_known_ones(self):
-    with pytest.raises(
-      UserError, match="'hnsw': not one of auto, exact, scann"
-    ):
-      search.choose("hnsw", 1)
 
 
 class TestRecall:
@@ -276,66 +154,96 @@ class TestRecall:
     ids[:, :5] = _oracle(keys[:5], queries, 5)[0]
     assert self._measure(ids, keys[:5], queries) == 1.0
 
+  def test_pads_of_the_truth_ask_for_nothing(self):
+    best = np.array([[0.9, 0.5, -np.inf], [-np.inf] * 3], np.float32)
+    found = np.array([[0.9, -np.inf, -np.inf], [-np.inf] * 3], np.float32)
+    assert search.recall(found, best) == 0.5
+    assert search.recall(best, best) == 1.0
+    assert search.recall(found[1:], best[1:]) == 1.0
 
-@needs_scann
-def test_scann_tree_reaches_its_recall_on_a_memory_worth_an_index():
-  keys, queries = _vectors(20_011, 4, dims=61), _vectors(53, 5, dims=61)
-  engine = search.Scann(keys, K)
-  assert engine.parameters["kind"] == "tree_ah"
-  # At least 150 rows a leaf: with fewer ScaNN's recall collapses in silence.
-  assert engine.parameters["leaves"] <= 20_011 / 150
-  found = search.search(engine, keys, queries, K)
-  assert search.measure_recall(found, keys, queries, K, 53) >= 0.95
-  # Whatever it finds is scored and ordered exactly.
-  scores = search.exact_scores(keys, queries, found.ids)
-  np.testing.assert_array_equal(found.scores, scores)
-  assert (np.diff(found.scores, axis=1) <= 0).all()
+  def test_best_scores_of_shards_are_merged_by_sorting(self, keys, queries):
+    whole = search.best_scores(keys, queries, K)
+    np.testing.assert_array_equal(whole, _oracle(keys, queries, K)[1])
+    parts = [
+      search.best_scores(x, queries, K) for x in (keys[:3], keys[3:], keys[:0])
+    ]
+    merged = -np.sort(-np.concatenate(parts, axis=1), axis=1)[:, :K]
+    np.testing.assert_array_equal(merged, whole)
+
+  def test_best_scores_leave_out_what_is_excluded(self, keys, queries):
+    groups = search.Groups(np.arange(Q), np.arange(N))
+    found = search.best_scores(keys, keys[:Q], K, groups)
+    scores = keys[:Q].astype(np.float64) @ keys.astype(np.float64).T
+    np.fill_diagonal(scores, -np.inf)
+    expected = -np.sort(-scores, axis=1)[:, :K]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
-@needs_scann
-def test_scanns_short_results_become_pads_not_item_zero(keys, queries):
-  """ScaNN fills up with id 0 and a NaN distance."""
-  engine = search.Scann(keys, K)
-  engine._searcher = types.SimpleNamespace(
-    search_batched_parallel=lambda q: (
-      np.array([[4, 0, 0]] * len(q), np.uint32),
-      np.array([[0.9, np.nan, np.nan]] * len(q), np.float32),
+class TestMerge:
+  @pytest.mark.parametrize("cuts", [(50,), (3, 3, 100), tuple(range(1, N, 2))])
+  def test_shards_of_any_size_are_one_exact_index(self, keys, queries, cuts):
+    keys[[2, 100, 210]] = keys[60]
+    queries[3] = keys[60]
+    whole = _search("exact", keys, queries, K)
+    merged = None
+    for first, last in zip((0, *cuts), (*cuts, N)):
+      found = _search("exact", keys[first:last], queries, K)
+      ids = np.where(found.ids < 0, -1, found.ids + first)
+      found = search.SearchResult(ids, found.scores)
+      # The order in which shards come must not matter.
+      merged = search.merge(found, merged, K) if merged else found
+    np.testing.assert_array_equal(merged.ids, whole.ids)
+    np.testing.assert_array_equal(merged.scores, whole.scores)
+
+  def test_pads_go_last_and_ties_by_id(self):
+    a = search.SearchResult(
+      np.array([[7, 2, -1]]), np.array([[0.5, 0.25, -np.inf]], np.float32)
     )
+    b = search.SearchResult(
+      np.array([[4, -1]]), np.array([[0.5, -np.inf]], np.float32)
+    )
+    found = search.merge(a, b, 4)
+    assert found.ids.tolist() == [[4, 7, 2, -1]]
+    assert found.scores.tolist() == [[0.5, 0.5, 0.25, -np.inf]]
+    assert search.merge(a, b, 2).ids.tolist() == [[4, 7]]
+    assert search.merge(a, b, 9).ids.shape == (1, 9)
+
+
+class TestGroups:
+  @pytest.fixture
+  def groups(self):
+    pairs = np.array([[2, 5], [0, 1], [2, 0], [1, 6]])
+    return search.Groups(
+      np.array([3, -1, 4]), np.array([3, 4, -1, 3, 4, 4, -1]), pairs
+    )
+
+  def test_forbidden_is_groups_and_pairs(self, groups):
+    assert groups.forbidden().astype(int).tolist() == [
+      [1, 1, 0, 1, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0, 1],
+      [1, 1, 0, 0, 1, 1, 0],
+    ]
+    ids = np.array([[6, 1, 0], [6, 1, 0], [6, 1, 0]])
+    assert groups.forbidden(ids).astype(int).tolist() == [
+      [0, 1, 1],
+      [1, 0, 0],
+      [0, 1, 1],
+    ]
+
+  @pytest.mark.parametrize(
+    "rows",
+    [slice(1, 3), np.array([2, 0]), np.array([2, 2, 1]), np.array([], int)],
   )
-  found = search.search(engine, keys, queries, 3)
-  assert found.ids.tolist() == [[4, -1, -1]] * Q
+  def test_some_queries_keep_what_they_must_not_find(self, groups, rows):
+    expected = groups.forbidden()[rows]
+    np.testing.assert_array_equal(groups.of(rows).forbidden(), expected)
 
+  @pytest.mark.parametrize("rows", [[0, 5, 6], [1], []])
+  def test_some_keys_keep_who_must_not_find_them(self, groups, rows):
+    rows = np.array(rows, int)
+    expected = groups.forbidden()[:, rows]
+    np.testing.assert_array_equal(groups.of_keys(rows).forbidden(), expected)
 
-_NAN = """
-import numpy as np
-from retrieval_aug.common.errors import UserError
-from retrieval_aug.memory import search
-x = np.random.default_rng(0).normal(size=(20_011, 13)).astype(np.float32)
-x[12345, 3] = np.nan
-try:
-  search.Scann(search.normalize(x, "keys of DIR"), 7)
-except UserError as error:
-  print(error)
-"""
-
-
-@needs_scann
-def test_nan_keys_are_an_error_before_scann_kills_the_process():
-  """In a child: without the guard the process dies of SIGABRT."""
-  done = subprocess.run(
-    [sys.executable, "-c", _NAN],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith("keys of DIR: row 12345 is zero, NaN")
-
-
-def test_without_scann_the_error_says_what_to_install(monkeypatch, keys):
-  monkeypatch.setitem(sys.modules, "scann", None)
-  with pytest.raises(UserError) as caught:
-    search.Scann(keys, K)
-  message = str(caught.value)
-  assert "pip install 'retrieval_aug[run]'" in message
-  assert "--config.search.searcher=exact" in message
+  def test_most_is_enough_for_every_query(self, groups):
+    assert groups.most() >= groups.forbidden().sum(axis=1).max()
+    assert groups._replace(pairs=None).most() == 3

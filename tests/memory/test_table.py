@@ -4,12 +4,13 @@ import json
 import os
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from retrieval_aug.common import manifest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.datasets import vectors
-from retrieval_aug.memory import table
+from retrieval_aug.memory import table, table_rows
 
 ROWS, D, DV = (5, 3), 7, 11
 
@@ -61,7 +62,7 @@ def _replace(folder, name, array):
   found = json.loads(path.read_text())
   for shard in found["shards"].values():
     if name in shard["files"]:
-      shard["files"][name] = manifest._digest(folder / name)
+      shard["files"][name] = manifest.digest(folder / name)
   path.write_text(json.dumps(found))
 
 
@@ -207,6 +208,134 @@ def test_a_pickle_in_place_of_keys_is_never_loaded(folder):
   assert "keys_00000.npy: not a whole .npy file" in message
 
 
+ASKED = {
+  "slice": slice(2, 7),
+  "slice of steps": slice(6, None, -2),
+  "all": slice(None),
+  "range": range(5, 8),
+  "one": range(4, 5),
+  "any order, twice": np.array([7, 0, 4, 7, 5, 0]),
+  "int32": np.array([6, 1], np.int32),
+  "none": np.zeros(0, np.int64),
+  "empty slice": slice(3, 3),
+}
+
+
+def _check_rows(opened, rows):
+  """Some rows are those of the whole table."""
+  chosen = np.arange(opened.rows)[rows]
+  keys = opened.key_rows(rows)
+  assert keys.shape == (len(chosen), opened.dims)
+  np.testing.assert_array_equal(keys, opened.keys()[chosen])
+  for name in opened.value_names:
+    values = opened.values(name)
+    found = opened.value_rows(name, rows)
+    assert found.shape == (len(chosen), values.shape[1])
+    np.testing.assert_array_equal(found, values[chosen])
+  ids = opened.column("id")
+  assert opened.column_rows("id", rows) == [ids[i] for i in chosen]
+
+
+class TestRows:
+  @pytest.mark.parametrize("rows", ASKED.values(), ids=ASKED)
+  def test_some_are_those_of_the_whole(self, folder, rows):
+    _check_rows(table.Table(folder), rows)
+
+  def test_in_small_blocks_are_the_same(self, folder, monkeypatch):
+    # Two rows a block, so that a shard takes several.
+    monkeypatch.setattr(table_rows, "_BLOCK_BYTES", 2 * 2 * D)
+    for rows in ASKED.values():
+      _check_rows(table.Table(folder), rows)
+
+  @pytest.mark.parametrize(
+    "rows",
+    [np.array([0, 8]), np.array([-1]), range(7, 9), np.array([0.5]), [[1]]],
+  )
+  def test_that_are_not_there_are_an_error(self, folder, rows):
+    opened = table.Table(folder)
+    for call in (opened.key_rows, lambda r: opened.column_rows("id", r)):
+      with pytest.raises(ValueError, match="rows"):
+        call(rows)
+
+  def test_open_only_the_shards_that_hold_them(self, folder):
+    for path in folder.glob("*_00000.*"):
+      path.unlink()
+    opened = table.Table(folder)
+    opened.columns = {"id": "string"}
+    assert opened.key_rows(range(5, 8)).shape == (3, D)
+    assert opened.value_rows("text", np.array([7, 6])).shape == (2, DV)
+    assert opened.column_rows("id", np.array([7, 5])) == ["1/2", "1/0"]
+    message = _refusal(lambda: opened.key_rows(range(4, 8)))
+    assert "keys_00000.npy: missing" in message
+
+  def test_of_a_file_are_checked_by_digest_once(self, folder, monkeypatch):
+    seen = []
+    check = manifest.check_file
+
+    def counted(path, digest, remedy):
+      seen.append(path.name)
+      check(path, digest, remedy)
+
+    monkeypatch.setattr(manifest, "check_file", counted)
+    opened = table.Table(folder)
+    for _ in range(2):
+      opened.key_rows(np.array([0, 7]))
+      opened.column_rows("id", np.array([0]))
+      opened.keys()
+      list(opened.column_blocks("id"))
+    assert sorted(seen) == [
+      "keys_00000.npy",
+      "keys_00001.npy",
+      "metadata_00000.parquet",
+      "metadata_00001.parquet",
+    ]
+
+  def test_that_are_not_finite_are_refused_when_they_are_asked_for(
+    self, folder
+  ):
+    keys = _shard(1)["keys"].astype(np.float16)
+    keys[2, 1] = np.nan
+    _replace(folder, "keys_00001.npy", keys)
+    opened = table.Table(folder)
+    assert opened.key_rows(range(7)).shape == (7, D)
+    for rows in (range(5, 8), np.array([7, 0]), slice(None)):
+      message = _refusal(lambda rows=rows: opened.key_rows(rows))
+      assert "keys_00001.npy: row 2 holds NaN or infinity (1 such" in message
+
+  def test_of_values_and_columns_that_are_not_there_are_refused(self, folder):
+    opened = table.Table(folder)
+    message = _refusal(lambda: opened.value_rows("t5", range(2)))
+    assert "holds no values of 't5', only of ['text']" in message
+    for call in (
+      lambda: opened.column("name"),
+      lambda: opened.column_rows("name", range(2)),
+      lambda: next(opened.column_blocks("name")),
+    ):
+      assert "has no column 'name', only id, label" in _refusal(call)
+
+  def test_of_a_column_come_in_blocks(self, folder):
+    found = list(table.Table(folder).column_blocks("label"))
+    assert [first for first, _ in found] == [0, 5]
+    assert [b.to_pylist() for _, b in found] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+
+  def test_of_a_column_come_a_group_at_a_time(self, folder):
+    path = folder / "metadata_00000.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=2)
+    found = json.loads((folder / "manifest.json").read_text())
+    digest = manifest.digest(path)
+    found["shards"]["00000"]["files"][path.name] = digest
+    (folder / "manifest.json").write_text(json.dumps(found))
+    opened = table.Table(folder)
+    assert [f for f, _ in opened.column_blocks("id")] == [0, 2, 4, 5]
+    for rows in ASKED.values():
+      _check_rows(opened, rows)
+
+  def test_none_is_removed_of_a_table_without_edits(self, folder):
+    opened = table.Table(folder)
+    assert (opened.removed.dtype, opened.removed.shape) == (np.int64, (0,))
+    assert opened.fingerprint == _artifact(folder).fingerprint
+
+
 class TestStored:
   """Embeddings that lie elsewhere, one shard of them with rows left out."""
 
@@ -252,6 +381,16 @@ class TestStored:
     )
     assert opened.column("id")[2] == "0/3"
     opened.verify()
+
+  @pytest.mark.parametrize("rows", [slice(1, 5), np.array([5, 0, 2, 3, 2])])
+  def test_some_rows_are_those_of_the_whole(self, opened, rows):
+    _check_rows(opened, rows)
+
+  def test_some_rows_of_a_changed_file_are_refused(self, opened, files):
+    os.utime(files / "keys1.npy", (5, 5))
+    assert opened.key_rows(range(3)).dtype == np.float32
+    message = _refusal(lambda: opened.key_rows(range(2, 4)))
+    assert f"{files / 'keys1.npy'}: changed since" in message
 
   def test_are_not_copied(self, opened):
     assert {p.name for p in opened.folder.iterdir()} == {

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from retrieval_aug.datasets import Downstream, MemorySource
-from retrieval_aug.report import neighbors_picture
+from retrieval_aug.report import neighbors_picture, pictures
 from retrieval_aug.training.input_pipeline import Examples
 
 C, K, M = 5, 7, 11
@@ -93,7 +93,7 @@ def test_the_picture_holds_the_images_and_remembers_its_version(rows, tmp_path):
   path = tmp_path / "neighbors.png"
   table_ids = [f"m{i}" for i in range(M)]
   neighbors_picture.draw(path, rows, downstream, memory, table_ids, "v1")
-  assert neighbors_picture.version_of(path) == "v1"
+  assert pictures.version_of(path) == "v1"
   with PIL.Image.open(path) as image:
     seen = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3)}
   for row in rows:
@@ -102,6 +102,6 @@ def test_the_picture_holds_the_images_and_remembers_its_version(rows, tmp_path):
 
 
 def test_no_picture_has_no_version(tmp_path):
-  assert neighbors_picture.version_of(tmp_path / "none.png") is None
+  assert pictures.version_of(tmp_path / "none.png") is None
   (tmp_path / "text.png").write_text("not a picture")
-  assert neighbors_picture.version_of(tmp_path / "text.png") is None
+  assert pictures.version_of(tmp_path / "text.png") is None

@@ -511,7 +511,7 @@ class TestRuns:
   ):
     for run in _runs(finished):
       params = run.params()
-      evaluation = runs.evaluation_artifact(run, "paper")
+      evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
       ids, logits, _ = runs.read_predictions(evaluation, "test")
       assert ids == data.examples["test"].ids
       index = [int(i.removeprefix("item/")) for i in ids]

@@ -69,7 +69,9 @@ def copied(finished, tmp_path):
   """A copy to damage: (its runs, its first evaluation)."""
   shutil.copytree(finished, tmp_path / "runs")
   made = _runs(tmp_path / "runs")
-  return made, runs.evaluation_artifact(made[0], "paper")
+  return made, runs.evaluation_artifact(
+    made[0], "paper", made[0].data_fingerprint
+  )
 
 
 def _refusal(call):
@@ -98,7 +100,7 @@ def test_seeds_have_parameters_of_their_own(finished):
 
 def test_metrics_are_those_of_the_kept_predictions(finished, data):
   run = _runs(finished)[1]
-  evaluation = runs.evaluation_artifact(run, "paper")
+  evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
   labels = data.examples["test"].labels
   ids, logits, _ = runs.read_predictions(evaluation, "test")
   assert ids == data.examples["test"].ids
@@ -137,7 +139,7 @@ def test_every_model_trains_and_what_the_data_decides_is_filled_in(
   if options.get("source_gate"):
     gate = fusion["layer_0"]["source_gate"]
     assert gate.shape == (3,) and (gate != 0).any()
-  evaluation = runs.evaluation_artifact(run, "paper")
+  evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
   _, logits, attention = runs.read_predictions(evaluation, "val")
   assert logits.shape == (11, tiny.CLASSES)
   assert attention.shape == (11, options["num_layers"], TRAIN["k"])
@@ -178,7 +180,7 @@ def test_a_vote_has_nothing_to_train_and_counts_the_memorys_labels(
   assert run.params() == {}
   assert not (run.folder / "metrics.jsonl").read_text()
   _, logits, _ = runs.read_predictions(
-    runs.evaluation_artifact(run, "paper"), "test"
+    runs.evaluation_artifact(run, "paper", run.data_fingerprint), "test"
   )
   rows = data.rows["test"][:, :3]
   labels = np.where(rows < 0, -1, np.asarray(data.memory.labels)[rows])
@@ -224,7 +226,7 @@ def test_post_hoc_correction_shifts_the_logits_by_the_prior(data, tmp_path):
   for run in (plain, shifted):
     runs.train([run], data)
     runs.evaluate([run], data, **EVALUATE)
-    evaluation = runs.evaluation_artifact(run, "paper")
+    evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
     logits.append(runs.read_predictions(evaluation, "val")[1])
   prior = np.log(data.class_counts / data.class_counts.sum())
   np.testing.assert_allclose(logits[1], logits[0] - 0.7 * prior, atol=1e-5)
@@ -279,7 +281,9 @@ def test_what_does_not_change_a_run_does_not_forbid_its_use(finished, change):
 
 
 def test_other_shot_groups_are_another_evaluation(finished):
-  other = runs.evaluation_artifact(_runs(finished)[0], "oltr_code")
+  other = runs.evaluation_artifact(
+    _runs(finished)[0], "oltr_code", _runs(finished)[0].data_fingerprint
+  )
   assert "shot_groups: paper -> oltr_code" in _refusal(other.is_complete)
 
 

@@ -8,9 +8,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
+from retrieval_aug import config as configs
 from retrieval_aug.datasets.types import Downstream, MemorySource
 from retrieval_aug.encoders import Encoder, preprocess
-from retrieval_aug.memory import embed, neighbors
+from retrieval_aug.memory import embed, find, neighbors
 from retrieval_aug.memory.table import Table
 
 SIZE, DIM, HIDDEN, CLASSES = 8, 11, 17, 4
@@ -22,13 +23,13 @@ SPEC = preprocess.ImageSpec(
 # Square, as the encoder wants it; larger, smaller, wide and tall.
 SIDES = ((24, 24), (SIZE, SIZE), (6, 7), (13, 31), (40, 12))
 
-SEARCH = {
+SEARCH = configs.defaults().search.to_dict() | {
   "searcher": "exact",
   "k": 5,
   "key_transform": "whiten",
   "key_dims": 7,
   "recall_sample": 9,
-  "min_recall": 0.9,
+  "recall_target": 0.9,
   "shard_rows": 100,
 }
 EMBED = {"batch_size": 8, "shard_rows": 20, "threads": 2}
@@ -116,12 +117,13 @@ def text_encoder() -> Encoder:
 
 
 def embedded(folder) -> tuple[Table, Table]:
-  """Embeds: the query table and the memory table."""
+  """Embeds what is missing: the query table and the memory table."""
   for name, items in zip(("queries", "memory"), dataset()):
     artifact = embed.table_artifact(
       folder / name, items, encoder(), [], EMBED["shard_rows"]
     )
-    embed.embed(artifact, items, encoder(), [], **EMBED)
+    if not artifact.is_complete():
+      embed.embed(artifact, items, encoder(), [], **EMBED)
   return tables(folder)
 
 
@@ -130,16 +132,21 @@ def tables(folder) -> tuple[Table, Table]:
   return Table(folder / "queries"), Table(folder / "memory")
 
 
+def _search(key_transform: str) -> dict:
+  """The search section with another key transform."""
+  dims = SEARCH["key_dims"] if key_transform in ("pca", "whiten") else 0
+  return SEARCH | {"key_transform": key_transform, "key_dims": dims}
+
+
 def neighbors_artifact(workdir, folder, key_transform: str = "whiten"):
   """The neighbour shards of the tables in `workdir`, in `folder`."""
-  dims = SEARCH["key_dims"] if key_transform in ("pca", "whiten") else 0
-  config = SEARCH | {"key_transform": key_transform, "key_dims": dims}
-  return neighbors.neighbors_artifact(folder, *tables(workdir), config)
+  return neighbors.neighbors_artifact(
+    folder, *tables(workdir), _search(key_transform)
+  )
 
 
 def searched(workdir, folder, key_transform: str = "whiten"):
   """Searches: the finished neighbour shards."""
   artifact = neighbors_artifact(workdir, folder, key_transform)
-  config = artifact.inputs["search"]
-  neighbors.find(artifact, *tables(workdir), **config)
+  find.find(artifact, *tables(workdir), _search(key_transform))
   return artifact
