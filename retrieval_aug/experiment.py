@@ -74,12 +74,12 @@ class Experiment:
     options = self.settings.evaluate.options()
     worked = False
     for name in self.runnable:
-      if not _complete(self._evaluations(name)):
+      if not _complete(self.evaluations(name)):
         worked = True
         runs.check_trained(self._runs(name))
         tuned = self._finetuning(name, runs.EVAL_SPLITS)
         runs.evaluate(self._runs(name), self.data_of(name), tuned, **options)
-      for artifact in self._evaluations(name):
+      for artifact in self.evaluations(name):
         artifact.verify()
     rows = self._rows()
     text = result_table.to_csv(rows)
@@ -109,7 +109,7 @@ class Experiment:
     if "mam" not in self.models:
       progress.note("neighbors.png shows what mam attends to: not asked for")
       return False
-    run, evaluation = self._runs("mam")[0], self._evaluations("mam")[0]
+    run, evaluation = self._runs("mam")[0], self.evaluations("mam")[0]
     if not evaluation.is_complete():
       raise UserError(f"{run.folder}: not evaluated; run --stages=evaluate.")
     path = self.workdir / "neighbors.png"
@@ -269,7 +269,8 @@ class Experiment:
       **workers,
     )
 
-  def _evaluations(self, name: str) -> list[Artifact]:
+  def evaluations(self, name: str) -> list[Artifact]:
+    """Predictions and metrics of a model, one a seed, on the present memory."""
     shot_groups = self.settings.evaluate.shot_groups
     seen = self.retrieval.now.seen_by(name).fingerprint
     return [
@@ -281,7 +282,7 @@ class Experiment:
     out = []
     for name in configs.MODELS:
       if name in self.runnable or self._evaluated_before(name):
-        metrics = [a.info()["metrics"] for a in self._evaluations(name)]
+        metrics = [a.info()["metrics"] for a in self.evaluations(name)]
         out += result_table.rows(name, metrics)
     return out
 
@@ -290,7 +291,7 @@ class Experiment:
     if not (self.workdir / "runs" / name).exists():
       return False
     try:
-      return _complete(self._evaluations(name))
+      return _complete(self.evaluations(name))
     except UserError:  # of other settings: not of this table
       return False
 

@@ -49,6 +49,13 @@ _BEAM = flags.DEFINE_string(
   "See docs/beam.md.",
 )
 
+_ESTIMATE = flags.DEFINE_bool(
+  "estimate",
+  False,
+  "Prints what embed and search would need, and runs nothing; see "
+  "docs/scale.md.",
+)
+
 # A disk, or what a user may have of it, is full.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -165,7 +172,10 @@ def main(arguments: list[str]) -> None:
     runner = lambda job, recipe: pipeline.run(recipe, options, job)
   workdir = pathlib.Path(_WORKDIR.value)
   try:
-    text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
+    if _ESTIMATE.value:
+      text = Experiment(_CONFIG.value, workdir).retrieval.estimate()
+    else:
+      text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
   except UserError as error:
     _fail(str(error))
   except OSError as error:

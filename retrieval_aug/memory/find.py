@@ -41,6 +41,10 @@ from retrieval_aug.memory.update import Previous, Update, Without
 # covariance of 768 dims do not gain by others.
 _FIT_ROWS = 1 << 18
 
+# Queries that search an index at once, between two steps of the progress bar:
+# many, as an inverted file makes a matrix product of all that visit a list.
+_PIECE = 16384
+
 # Which queries search an index shard: all, or of an update those that lost a
 # neighbour, or the rest of them.
 ALL, LOST, REST = "all", "lost", "rest"
@@ -247,10 +251,11 @@ class SearchJob:
       exclude = self._exclusion.groups(rows)
       engine = self._built(number, keys, exclude)
       for shard in todo:
-        found = self._search_shard(index, shard, rows, keys, engine, exclude)
+        found = self._search_shard(
+          index, shard, rows, keys, engine, exclude, tick
+        )
         running = self._running(group, shard).plus(*found, place + 1)
         partial.save(self._path(group, shard), running)
-        tick(int(self._mask(shard, index.queries).sum()))
       self._engines.pop(number, None)
 
   def _built(
@@ -273,21 +278,26 @@ class SearchJob:
     keys: np.ndarray,
     engine: searchers.Searcher,
     exclude: searching.Groups | None,
+    tick: Callable[[int], None],
   ) -> tuple[searching.SearchResult, np.ndarray, np.ndarray]:
     """What the queries of a shard find, the truth on a sample, and who lost."""
     k = self.settings["k"]
     mask = self._mask(shard, index.queries)
     result = partial.no_neighbors(len(mask), k)
     left_out = np.zeros(len(mask), bool)
-    chosen = shard.rows[mask]
-    own = exclude.of(chosen) if exclude else None
-    found = searching.search(engine, keys, self._unit[chosen], k, exclude=own)
-    ids = np.where(found.ids < 0, -1, np.asarray(rows)[found.ids])
-    result.ids[mask], result.scores[mask] = ids, found.scores
-    if own is not None:
-      left_out[mask] = own.queries >= 0
-      if own.pairs is not None:
-        left_out[np.flatnonzero(mask)[own.pairs[:, 0]]] = True
+    numbers = np.asarray(rows)
+    for start in range(0, int(mask.sum()), _PIECE):
+      places = np.flatnonzero(mask)[start : start + _PIECE]
+      chosen = shard.rows[places]
+      own = exclude.of(chosen) if exclude else None
+      found = searching.search(engine, keys, self._unit[chosen], k, exclude=own)
+      ids = np.where(found.ids < 0, -1, numbers[found.ids])
+      result.ids[places], result.scores[places] = ids, found.scores
+      if own is not None:
+        left_out[places] = own.queries >= 0
+        if own.pairs is not None:
+          left_out[places[own.pairs[:, 0]]] = True
+      tick(len(places))
     sample = self._sample(shard)
     best = np.full((len(sample), k), -np.inf, np.float32)
     asked = mask[sample]

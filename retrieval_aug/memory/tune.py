@@ -21,7 +21,7 @@ from retrieval_aug.memory import search, searchers
 from retrieval_aug.memory.searchers import costs, exact, ivf, running
 
 # Queries of a tuning run at most, and their share of the job.
-_QUERIES, _SHARE = 300, 5
+_QUERIES, _SHARE = 500, 2
 # Keys of it at least, and at least every so manieth.
 _KEYS, _EVERY = 20_000, 8
 # One-sided 95 %: tuned so that other queries probably do not miss the target.

@@ -85,6 +85,13 @@ class Sources:
       return self.files.some(ids)
     return self.both[1]
 
+  def memory_size(self) -> int:
+    """Items of the memory; of one that nobody lists, by its first file."""
+    if self.files is None:
+      return len(self.both[1])
+    on_error = self._settings.memory.on_error
+    return len(self.files) * self.files.load(0, on_error).found
+
   @functools.cached_property
   def encoders(self) -> tuple[all_encoders.Encoder, list[all_encoders.Encoder]]:
     """Of the keys and queries, and of the values."""

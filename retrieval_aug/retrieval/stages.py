@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from retrieval_aug import encoders
@@ -23,6 +24,7 @@ from retrieval_aug.common.manifest import Artifact
 from retrieval_aug.memory import (
   embed,
   embed_by_file,
+  estimate,
   find,
   jobs,
   known_keys,
@@ -150,6 +152,32 @@ class Retrieval:
       )
     return working_set.GatherJob(
       now.working_set, now.neighbors, queries, memory, self.sources.value_names
+    )
+
+  def estimate(self) -> str:
+    """What embedding and searching would need; nothing of it is done."""
+    sources, search = self.sources, self._search_settings
+    key, values = sources.encoders
+    dims = key.dim
+    if search["key_transform"] in ("pca", "whiten") and search["key_dims"]:
+      dims = search["key_dims"]
+    return estimate.for_config(
+      keys=sources.memory_size(),
+      queries=len(sources.downstream),
+      k=search["k"],
+      dims=dims,
+      raw_dims=key.dim,
+      encoder=key.name,
+      value_encoders=[(e.name, e.dim) for e in values],
+      searcher=search["searcher"],
+      index_rows=search["index_rows"],
+      memory_gb=search["memory_gb"],
+      workers=search["groups"],
+      cores=os.cpu_count() or 1,
+      embed_rows=self._settings.embed.shard_rows,
+      recall_sample=search["recall_sample"],
+      embedded=sources.downstream.stored is not None,
+      accelerators=int(jax.default_backend() != "cpu"),
     )
 
   # Tables.

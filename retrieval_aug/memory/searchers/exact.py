@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrieval_aug.common import progress
 from retrieval_aug.memory.searchers import running
 
 # Of `approx_max_k`: the share of the true candidates that it keeps. With the
@@ -81,14 +80,12 @@ class Exact:
     step = min(self._query_block, -(-len(queries) // cores))
     starts = range(0, len(queries), step)
     out = np.empty((len(queries), k), np.int64)
-    bar = progress.bar(total=len(queries), what="search (exact)", unit="query")
 
     def search(start: int) -> None:
       part = queries[start : start + step]
       out[start : start + step] = find(part, k, step)
-      bar.update(len(part))
 
-    with bar, concurrent.futures.ThreadPoolExecutor(cores) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
       if self._jitted:
         list(map(search, starts))
       else:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_aug.common import progress
 from retrieval_aug.common.errors import UserError
 
 _BLOCK = 4096
@@ -26,12 +25,10 @@ def _import_faiss():
   return faiss
 
 
-def _search(index, queries: np.ndarray, k: int, name: str) -> np.ndarray:
+def _search(index, queries: np.ndarray, k: int) -> np.ndarray:
   out = np.empty((len(queries), k), np.int64)
   starts = range(0, len(queries), _BLOCK)
-  for start in progress.bar(
-    starts, total=len(starts), what=f"search ({name})", unit="block"
-  ):
+  for start in starts:
     part = slice(start, start + _BLOCK)
     _, out[part] = index.search(queries[part], k)
   return out
@@ -86,7 +83,7 @@ class Hnsw:
   def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
     """Probably the best k."""
     self._index.hnsw.efSearch = max(self.effort, k)
-    return _search(self._index, queries, k, self.name)
+    return _search(self._index, queries, k)
 
 
 class Ivf:
@@ -136,4 +133,4 @@ class Ivf:
   def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
     """The best k in the lists probed; -1 where these hold fewer."""
     self._index.nprobe = min(self.effort, self._lists)
-    return _search(self._index, queries, k, self.name)
+    return _search(self._index, queries, k)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_aug.common import progress
 from retrieval_aug.memory.searchers import running
 
 # Of k-means. More rows or rounds improve recall less than one probe more does.
@@ -161,13 +160,11 @@ class Ivf:
       cores = min(len(order), os.cpu_count() or 1)
       blocks = -(-blocks // cores) * cores
       blocks = np.array_split(order, max(1, blocks))
-      bar = progress.bar(total=len(queries), what="search (ivf)", unit="query")
 
       def search(rows: np.ndarray) -> None:
         out[rows] = self._search(queries[rows], lists[rows], k)
-        bar.update(len(rows))
 
-      with bar, concurrent.futures.ThreadPoolExecutor(cores) as pool:
+      with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         list(pool.map(search, blocks))
     return out
 

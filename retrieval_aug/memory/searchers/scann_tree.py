@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_aug.common import progress
 from retrieval_aug.common.errors import UserError
 
 REORDER_TYPES = ("float32", "bfloat16", "int8")
@@ -119,9 +118,7 @@ class ScannTree:
       options["leaves_to_search"] = min(self.effort, self.most_effort)
     out = []
     starts = range(0, len(queries), _BLOCK)
-    for start in progress.bar(
-      starts, total=len(starts), what="search (scann)", unit="block"
-    ):
+    for start in starts:
       ids, distances = self._searcher.search_batched_parallel(
         queries[start : start + _BLOCK], **options
       )
