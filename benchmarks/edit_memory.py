@@ -20,7 +20,6 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from retrieval_aug import main as job
 from retrieval_aug.experiment import Experiment
 from retrieval_aug.memory import edits
 from retrieval_aug.training import runs
@@ -63,21 +62,22 @@ def main(_: list[str]) -> None:
     rows += len(edits.remove(to / "memory", where={"label": name}).rows)
   live = len(queries.column("id"))
   print(f"withheld: {', '.join(classes)}")
-  stages = ["search", "train", "evaluate"]
   lines = [f"{'model':10} {'memory':22} {'their classes':>13} {'others':>12}"]
 
   def measure(what: str) -> None:
     start = time.monotonic()
-    job.run(config, to, stages)
-    spent = time.monotonic() - start
     experiment = Experiment(config, to)
+    trained = (experiment.search(), experiment.train(), experiment.evaluate())[
+      1
+    ]
+    spent = time.monotonic() - start
     for name in experiment.runnable:
       lines.append(
         f"{name:10} {what:22} {accuracy(experiment, name, withheld)}"
       )
     info = experiment.retrieval.now.neighbors.info()
     print(
-      f"{what}: {spent:.1f} s for {', '.join(stages)}; "
+      f"{what}: {spent:.1f} s, {'trained' if trained else 'not trained'}; "
       f"{info['searched_anew']:,} of {live:,} queries searched all keys"
     )
 

@@ -84,6 +84,20 @@ def run(
   for stage in stages:
     if stage not in STAGES:
       raise UserError(f"--stages={stage}: not one of {', '.join(STAGES)}.")
+  try:
+    return _run(config, workdir, stages, runner)
+  except OSError as error:
+    if error.errno not in _FULL:
+      raise
+    raise UserError(
+      f"{error.filename or workdir}: no space left ({error.strerror}); nothing "
+      "that was finished is lost: free some, and give the same command again."
+    ) from error
+
+
+def _run(
+  config: Any, workdir: pathlib.Path, stages: list[str], runner: Runner
+) -> str:
   experiment = Experiment(config, workdir, runner)
   with files.lock(workdir):
     for stage in STAGES:
@@ -178,13 +192,6 @@ def main(arguments: list[str]) -> None:
       text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
   except UserError as error:
     _fail(str(error))
-  except OSError as error:
-    if error.errno not in _FULL:
-      raise
-    _fail(
-      f"{error.filename or workdir}: no space left ({error.strerror}); nothing "
-      "that was finished is lost: free some, and give the same command again."
-    )
   except KeyboardInterrupt:
     _fail("interrupted; the same command goes on where this one stopped.")
   if text:

@@ -86,7 +86,7 @@ def disk_table():
         name,
         size(pairs * IMAGES),
         *(size(pairs * bytes_a_row) for bytes_a_row in tables),
-        size(pairs * 10 * 768),
+        size(pairs * 14 * 768),
       )
     )
   return lines

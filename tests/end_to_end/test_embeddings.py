@@ -1,8 +1,6 @@
 """The main job without any image: embeddings of a folder, and one's own."""
 
-import importlib.util
 import json
-import pathlib
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +9,8 @@ import pytest
 
 from retrieval_aug import main
 from retrieval_aug.common.errors import UserError
-
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "own_embeddings.py"
-CLASSES, D, DV = 3, 8, 5
+from tests.end_to_end import embeddings
+from tests.end_to_end.embeddings import CLASSES, DV, D
 
 # TensorFlow and Orbax warn of their own dependencies, and an Orbax manager that
 # is closed late is a ResourceWarning.
@@ -22,61 +19,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def _near(centers, labels, rng):
-  noise = rng.normal(scale=0.3, size=(len(labels), centers.shape[1]))
-  return centers[labels] + noise
-
-
 @pytest.fixture
 def data(tmp_path):
-  """Three classes that stand apart, in the queries and in the memory."""
-  rng = np.random.default_rng(0)
-  centers = rng.normal(size=(CLASSES, D))
-  text_centers = rng.normal(size=(CLASSES, DV))
-  labels = np.arange(90) % CLASSES
-  queries = _near(centers, labels, rng).astype(np.float32)
-  np.save(tmp_path / "photos.npy", queries)
-  lines = ["label", *(f"class {x}" for x in labels)]
-  (tmp_path / "labels.csv").write_text("\n".join(lines))
-  folder = tmp_path / "laion"
-  for name in ("img_emb", "text_emb", "metadata"):
-    (folder / name).mkdir(parents=True)
-  for shard, rows in ((2, 30), (10, 60)):
-    labels = np.arange(rows) % CLASSES
-    for name, kind in (("img_emb", centers), ("text_emb", text_centers)):
-      vectors = _near(kind, labels, rng).astype(np.float16)
-      np.save(folder / name / f"{name}_{shard}.npy", vectors)
-    facts = {
-      "caption": [f"one of class {x}" for x in labels],
-      "url": [f"https://example.org/{shard}/{row}" for row in range(rows)],
-    }
-    pq.write_table(
-      pa.table(facts), folder / "metadata" / f"metadata_{shard}.parquet"
-    )
-  return tmp_path
-
-
-def _config(data, **memory):
-  spec = importlib.util.spec_from_file_location("own_embeddings", CONFIG)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c = module.get_config("values=stored")
-  c.dataset.manifest = str(data / "labels.csv")
-  c.dataset.embeddings = str(data / "photos.npy")
-  c.memory.update(memory)
-  c.search.k = 11
-  c.search.recall_sample = 20
-  c.train.k = 7
-  c.train.seeds = 1
-  c.train.epochs = 8.0
-  c.train.batch_size = 16
-  c.train.learning_rate = 1e-2
-  c.model.name = "mean_knn,mam"
-  c.model.mam.train.epochs = 8.0
-  c.model.mam.train.lr_factors = ()
-  c.model.mam.dropout = 0.0
-  c.model.mam.query_dropout = 0.0
-  return c
+  return embeddings.write(tmp_path)
 
 
 def _accuracies(workdir):
@@ -90,7 +35,7 @@ def _accuracies(workdir):
 
 def test_the_whole_job_runs_on_embeddings_alone(data, capsys):
   workdir = data / "work"
-  config = _config(data, embeddings=str(data / "laion"))
+  config = embeddings.config(data, embeddings=str(data / "laion"))
   text = main.run(config, workdir, list(main.STAGES))
   assert "recall@11 1.0000" in text
   accuracies = _accuracies(workdir)
@@ -131,7 +76,7 @@ def test_an_example_whose_id_is_in_the_memory_never_finds_itself(data):
     ),
     data / "own.parquet",
   )
-  config = _config(data, embeddings=str(data / "own.parquet"))
+  config = embeddings.config(data, embeddings=str(data / "own.parquet"))
   workdir = data / "work"
   main.run(config, workdir, ["embed", "search"])
   info = json.loads((workdir / "neighbors" / "manifest.json").read_text())
@@ -139,7 +84,7 @@ def test_an_example_whose_id_is_in_the_memory_never_finds_itself(data):
 
 
 def test_training_embeddings_can_be_retrieved_beside_a_folder(data):
-  config = _config(
+  config = embeddings.config(
     data, embeddings=str(data / "laion"), sources="train,embeddings"
   )
   # Nothing is stored of the label's text.
@@ -154,7 +99,7 @@ def test_training_embeddings_can_be_retrieved_beside_a_folder(data):
 
 def test_embeddings_of_another_width_are_refused_before_any_work(data):
   np.save(data / "photos.npy", np.ones((90, D + 1), np.float32))
-  config = _config(data, embeddings=str(data / "laion"))
+  config = embeddings.config(data, embeddings=str(data / "laion"))
   with pytest.raises(UserError, match="8 dims, and .*photos.npy has 9"):
     main.run(config, data / "work", ["embed"])
   assert not list((data / "work").glob("*/manifest.json"))
