@@ -18,6 +18,7 @@ CORE = [
   "tokenizers>=0.21",
   "Pillow>=11.0",
   "tqdm>=4.66",
+  "threadpoolctl>=3.5",
 ]
 
 # The main job. scann fails to import beside TensorFlow 2.21, and has wheels

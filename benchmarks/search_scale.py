@@ -35,6 +35,9 @@ from retrieval_aug.memory.searchers import ivf
 ENGINES = ("exact", "ivf", "scann", "faiss_hnsw", "faiss_ivf", "hnswlib")
 GRAPHS = ("faiss_hnsw", "hnswlib")
 RATE_RECALL, JOB_RECALL = 0.95, 0.99
+# Keys of a graph that misses the recall, up to which a denser one is built: of
+# 10^6 that would take half an hour.
+REBUILT = 200_000
 TIMED, TIMED_AUTO, CHECKED = 2000, 20_000, 200
 
 
@@ -263,7 +266,8 @@ def run(
         f"{found.effort} {index.label}"
       )
       at = [(bench.tune(x.engine, JOB_RECALL), x) for _, x in built]
-      if name in GRAPHS and at[0][0].recall < JOB_RECALL - 0.003:
+      missed = at[0][0].recall < JOB_RECALL - 0.003
+      if name in GRAPHS and missed and n <= REBUILT:
         options = {"m": 48, "ef_construction": 200}
         index = build(name, keys, k, threads, **options)
         at.append((bench.tune(index.engine, JOB_RECALL), index))

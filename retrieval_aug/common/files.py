@@ -1,11 +1,13 @@
 """Writing that cannot be half done: atomic files, folder locks, the cache."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 from retrieval_aug.common.errors import UserError
 
 _TEMPORARY = ".tmp-"
+
+# Bytes below which a disk is full.
+_LEFT = 1 << 14
 
 LOCK = ".lock"  # the file in a folder that its writer holds
 
@@ -36,6 +41,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   The bytes are flushed to disk before the rename, so that `path` either does
   not exist or is whole, whenever the process is killed. On an exception the
   temporary file goes away and `path` is left as it was.
+
+  Raises:
+    OSError: `ENOSPC` where the disk is full, whatever the body's own error:
+      NumPy and TensorFlow do not tell.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +61,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       os.fsync(f.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
+  except Exception as error:
+    if shutil.disk_usage(path.parent).free >= _LEFT:
+      raise
+    reason = os.strerror(errno.ENOSPC)
+    raise OSError(errno.ENOSPC, reason, os.fspath(path)) from error
   finally:
     temporary.unlink(missing_ok=True)
 
