@@ -31,6 +31,9 @@ from retrieval_aug.datasets.types import Downstream, MemorySource, validate
 _GIVEN = ("manifest", "pairs", "captions", "embeddings")
 SOURCES = ("train", "own", *_GIVEN)
 
+# Options of config.memory that matter once the memory is made.
+OF_LATER_STAGES = ("clean", "exclude_leaks", "leak_cosine", "leak_sample")
+
 # Filters that look at more than one item.
 _OF_ALL = ("near_duplicates",)
 

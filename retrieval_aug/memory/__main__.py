@@ -29,7 +29,8 @@ DIR is the folder of a table, or a workdir with one: workdir/memory, or workdir.
   python -m retrieval_aug.memory verify workdir
 
 After an edit, run the main job again: only affected queries are searched anew,
-and nothing is retrained.
+and nothing is retrained. Compact while no search runs: it would end, and say
+that a file is missing.
 """
 
 _NEXT = (

@@ -9,15 +9,12 @@ import numpy as np
 from retrieval_aug import datasets
 from retrieval_aug import encoders as all_encoders
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.datasets import by_file
+from retrieval_aug.datasets import by_file, memories
 from retrieval_aug.datasets import filters as item_filters
 from retrieval_aug.datasets.vectors import NoImageError
 from retrieval_aug.memory import captions, stand_ins
 from retrieval_aug.memory.table import Table
 from retrieval_aug.settings import Settings
-
-# Settings of the memory that the search stage reads.
-_LEAKS = ("exclude_leaks", "leak_cosine", "leak_sample")
 
 
 class Sources:
@@ -43,7 +40,7 @@ class Sources:
   def both(self) -> tuple[datasets.Downstream, datasets.MemorySource]:
     """The examples, and the whole memory; not for one that nobody lists."""
     s = self._settings.memory
-    options = s.options("filters", "clean", *_LEAKS)
+    options = s.options("filters", *memories.OF_LATER_STAGES)
     filters = s.filters.options()
     memory = datasets.load_memory(*self._dataset, filters=filters, **options)
     return self.downstream, captions.clean(memory, s.clean)

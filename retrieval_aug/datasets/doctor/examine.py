@@ -7,6 +7,7 @@ import numpy as np
 
 from retrieval_aug import datasets
 from retrieval_aug.common.errors import UserError
+from retrieval_aug.datasets import memories
 from retrieval_aug.datasets.doctor import (
   classes,
   copies,
@@ -114,7 +115,8 @@ def _memory(
 ) -> tuple[Items | None, list[Finding]]:
   """The memory, as far as it can be read."""
   options = config.memory.to_dict()
-  options.pop("clean", None)  # of the texts, once the memory is made
+  for name in memories.OF_LATER_STAGES:
+    options.pop(name, None)
   found, findings = None, []
   if options.get("manifest"):
     found, findings = own_files.memory(options["manifest"], items)
