@@ -77,7 +77,8 @@ def main() -> None:
           )
       command = [sys.executable, "-m", "retrieval_aug.main"]
       command += [f"--config={flags.config}", f"--workdir={folder}"]
-      command += [f"--stages={flags.stages}", "--config.search.searcher=exact"]
+      command += [f"--stages={flags.stages}", "--config.memory.leak_sample=0"]
+      command += ["--config.search.searcher=exact", "--config.model.name=mam"]
       command += [x.format(quarter=-(-rows // 4)) for x in options]
       begin = time.monotonic()
       done = subprocess.run(command, capture_output=True, text=True)
