@@ -271,7 +271,7 @@ def leaks_artifact(
     "hash": duplicates.FORMAT,
   }
   inputs = {"neighbors": neighbors.fingerprint, "limits": limits}
-  return manifest.Artifact(folder, "leaks", inputs)
+  return manifest.Artifact(folder, "leak report", inputs)
 
 
 def find(

@@ -97,8 +97,9 @@ class TestAFullRun:
       "model",
       *MODELS,
     ]
-    assert lines[-4].startswith("Groups: many (> 100 training images): ")
-    assert lines[-3].startswith("Neighbors: exact search, recall@23 1.0000")
+    assert lines[-5].startswith("Groups: many (> 100 training images): ")
+    assert lines[-4].startswith("Neighbors: exact search, recall@23 1.0000")
+    assert re.fullmatch(r"Leaks: \d+ of \d+ test examples \(.*", lines[-3])
     assert re.fullmatch(
       r"Joined texts of rac: [\d,]+ of [\d,]+ are longer than the text "
       r"encoder's 8 tokens and lose their end, mean length \d+ tokens\.",

@@ -8,7 +8,7 @@ import pytest
 
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.evaluation import accuracy
-from retrieval_aug.memory.neighbors import WorkingSet
+from retrieval_aug.memory.working_set import WorkingSet
 from retrieval_aug.training import input_pipeline, runs
 from tests.training import tiny
 
