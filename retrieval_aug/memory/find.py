@@ -34,8 +34,9 @@ from retrieval_aug.memory import key_transform as transforms
 from retrieval_aug.memory import search as searching
 from retrieval_aug.memory.exclusion import Exclusion
 from retrieval_aug.memory.index_shards import IndexShard, Rows
+from retrieval_aug.memory.plan import ALL, LOST, REST, Plan
 from retrieval_aug.memory.table import Table
-from retrieval_aug.memory.update import Previous, Update, Without
+from retrieval_aug.memory.update import Previous, Without
 
 # Rows on which a key transform is fitted, if there are more: mean and
 # covariance of 768 dims do not gain by others.
@@ -44,10 +45,6 @@ _FIT_ROWS = 1 << 18
 # Queries that search an index at once, between two steps of the progress bar:
 # many, as an inverted file makes a matrix product of all that visit a list.
 _PIECE = 16384
-
-# Which queries search an index shard: all, or of an update those that lost a
-# neighbour, or the rest of them.
-ALL, LOST, REST = "all", "lost", "rest"
 
 _ENGINE = "engine"
 _PARTIAL = "partial"
@@ -93,7 +90,7 @@ class SearchJob:
     """Says how much is searched, and what it writes."""
     n, s = self.queries.rows, self.settings
     row = 12 * s["k"] + 2 * (s["key_dims"] or self.memory.dims) + 100
-    live = self.memory.rows - len(self._gone)
+    live = self.memory.rows - len(self._plan.gone)
     progress.note(
       f"search: {n:,} queries in {live:,} keys, about {n * row / 1e6:,.0f} MB "
       "on disk"
@@ -123,7 +120,7 @@ class SearchJob:
       return 0
     numbers = self._groups[unit]
     return sum(
-      int(self._mask(s, self._plan[i].queries).sum())
+      int(self._plan.mask(s, self._index[i].queries).sum())
       for s in self._open
       for i in numbers[self._done(unit, s) :]
     )
@@ -135,11 +132,11 @@ class SearchJob:
     elif phase == "search":
       self._search(unit, tick)
     else:
-      self._merge(self._shards[unit])
+      self._merge(self._plan.shards[unit])
 
   def finish(self) -> None:
     """Checks the recall and completes the artifact."""
-    infos = [self.artifact.recorded(n)["info"] for n in self._shards]
+    infos = [self.artifact.recorded(n)["info"] for n in self._plan.shards]
     weight = sum(i["sample"] for i in infos)
     recall = sum(i["recall"] * i["sample"] for i in infos) / weight
     engine = self._engine
@@ -147,13 +144,13 @@ class SearchJob:
     if (self.artifact.folder / _PARTIAL).exists():
       shutil.rmtree(self.artifact.folder / _PARTIAL)
     self.artifact.finish(
-      ["key_transform", _ENGINE, *self._shards],
+      ["key_transform", _ENGINE, *self._plan.shards],
       {
         "searcher": engine["kind"],
         "why": engine["why"],
         "parameters": engine["parameters"],
         "measured": engine["measured"],
-        "index_shards": len(self._plan),
+        "index_shards": len(self._index),
         "k": self.settings["k"],
         "dims": self._transform.dims,
         "recall": recall,
@@ -177,19 +174,19 @@ class SearchJob:
         f"{self.queries.folder}: queries have {raw} dims, the keys of "
         f"{self.memory.folder} {key}; embed both with one encoder."
       )
-    live = self.memory.rows - len(self._gone)
+    live = self.memory.rows - len(self._plan.gone)
     if not live:
       raise UserError(
         f"{self.memory.folder}: every row is removed; restore some, or add "
         "others (python -m retrieval_aug.memory --help)."
       )
     n, k = self.queries.rows, s["k"]
-    if self._update is None:
+    if self._plan.update is None:
       transform = transforms.fit(
         self._fit_keys(), s["key_transform"], s["key_dims"]
       )
     else:
-      transform = transforms.load(self._update.transform)
+      transform = transforms.load(self._plan.update.transform)
     transform.save(self.artifact.folder / neighbors.TRANSFORM)
     self.artifact.record(
       "key_transform", [neighbors.TRANSFORM], {"dims": transform.dims}
@@ -197,12 +194,12 @@ class SearchJob:
     index_rows = s["index_rows"] or index_shards.rows_that_fit(
       s["memory_gb"], key, transform.dims, n
     )
-    plan = self._make_plan(index_rows)
+    plan = self._plan.index(index_rows)
     choices = {}
     for number, index in enumerate(plan):
       if index.queries in choices:
         continue
-      chosen = self._chosen(index.queries)
+      chosen = self._plan.chosen(index.queries)
       rows, keys = self._index_keys(index)
       exclude = self._exclusion.groups(rows)
       choice = tune.choose(
@@ -211,7 +208,7 @@ class SearchJob:
         keys,
         self._unit[chosen],
         k,
-        n_keys=live if index.queries != REST else len(self._gained),
+        n_keys=live if index.queries != REST else len(self._plan.gained),
         n_queries=len(chosen),
         recall_target=s["recall_target"],
         memory_gb=s["memory_gb"],
@@ -231,7 +228,7 @@ class SearchJob:
 
   def _fit_keys(self) -> np.ndarray:
     """Raw keys on which the transform is fitted."""
-    rows = index_shards.without(range(self.memory.rows), self._gone)
+    rows = index_shards.without(range(self.memory.rows), self._plan.gone)
     if len(rows) > _FIT_ROWS:
       even = np.linspace(0, len(rows) - 1, _FIT_ROWS).astype(np.int64)
       rows = np.asarray(rows)[even]
@@ -241,9 +238,9 @@ class SearchJob:
 
   def _search(self, group: str, tick: Callable[[int], None]) -> None:
     for place, number in enumerate(self._groups[group]):
-      index = self._plan[number]
+      index = self._index[number]
       todo = [s for s in self._open if self._done(group, s) <= place]
-      if not any(self._mask(s, index.queries).any() for s in todo):
+      if not any(self._plan.mask(s, index.queries).any() for s in todo):
         for shard in todo:
           self._advance(group, shard, place + 1)
         continue
@@ -263,7 +260,7 @@ class SearchJob:
   ) -> searchers.Searcher:
     """The index of an index shard; that of the tuning run is used again."""
     if number not in self._engines:
-      choice = self._choices[self._plan[number].queries]
+      choice = self._choices[self._index[number].queries]
       k = searching.wanted(self.settings["k"], len(keys), exclude)
       self._engines[number] = searchers.build(
         choice["kind"], keys, k, choice["parameters"]
@@ -282,7 +279,7 @@ class SearchJob:
   ) -> tuple[searching.SearchResult, np.ndarray, np.ndarray]:
     """What the queries of a shard find, the truth on a sample, and who lost."""
     k = self.settings["k"]
-    mask = self._mask(shard, index.queries)
+    mask = self._plan.mask(shard, index.queries)
     result = partial.no_neighbors(len(mask), k)
     left_out = np.zeros(len(mask), bool)
     numbers = np.asarray(rows)
@@ -298,7 +295,7 @@ class SearchJob:
         if own.pairs is not None:
           left_out[places[own.pairs[:, 0]]] = True
       tick(len(places))
-    sample = self._sample(shard)
+    sample = self._plan.sample(shard)
     best = np.full((len(sample), k), -np.inf, np.float32)
     asked = mask[sample]
     if asked.any():
@@ -318,7 +315,7 @@ class SearchJob:
     if partial.done(path):
       return partial.load(path)
     return partial.empty(
-      len(shard.rows), self.settings["k"], len(self._sample(shard))
+      len(shard.rows), self.settings["k"], len(self._plan.sample(shard))
     )
 
   def _done(self, group: str, shard: neighbors.Shard) -> int:
@@ -330,18 +327,18 @@ class SearchJob:
   # Merge: the running top-k of all groups.
 
   def _merge(self, shard: neighbors.Shard) -> None:
-    sample = self._sample(shard)
+    sample = self._plan.sample(shard)
     total = self._kept(shard)
     for group in self._groups:
       p = self._running(group, shard)
       total = total.plus(p.result, p.best, p.left_out, 0)
     recall = searching.recall(total.result.scores[sample], total.best)
-    searched = self._mask(shard, ALL) | self._mask(shard, LOST)
+    searched = self._plan.mask(shard, ALL) | self._plan.mask(shard, LOST)
     if len(sample):
       # The others' old neighbours were the truth to which new ones came.
       share = searched[sample].mean()
       recall *= share + (1 - share) * (
-        self._update.recall if self._update else 1
+        self._plan.update.recall if self._plan.update else 1
       )
     ids, labels = (
       self.queries.column_rows(n, shard.rows) for n in ("id", "label")
@@ -364,30 +361,33 @@ class SearchJob:
 
   def _kept(self, shard: neighbors.Shard) -> partial.Partial:
     """What queries keep of an earlier search."""
-    sample = self._sample(shard)
+    sample = self._plan.sample(shard)
     start = partial.empty(len(shard.rows), self.settings["k"], len(sample))
-    if self._update is None:
+    if self._plan.update is None:
       return start
-    result = self._update.kept(shard)
+    result = self._plan.update.kept(shard)
     return start.plus(result, result.scores[sample], start.left_out, 0)
 
   # What all phases look up.
 
   @functools.cached_property
-  def _shards(self) -> dict[str, neighbors.Shard]:
-    found = neighbors.layout(
-      self.queries.column("split"), self.settings["shard_rows"]
+  def _plan(self) -> Plan:
+    s = self.settings
+    return Plan(
+      self.queries,
+      self.memory,
+      s["shard_rows"],
+      s["recall_sample"],
+      self.previous,
+      self.without,
     )
-    return {shard.name: shard for shard in found}
-
-  @property
-  def _all(self) -> list[neighbors.Shard]:
-    return list(self._shards.values())
 
   @property
   def _open(self) -> list[neighbors.Shard]:
     """Neighbour shards that are not written yet."""
-    return [s for s in self._all if not self.artifact.has(s.name)]
+    return [
+      s for s in self._plan.shards.values() if not self.artifact.has(s.name)
+    ]
 
   @functools.cached_property
   def _transform(self) -> transforms.KeyTransform:
@@ -416,72 +416,24 @@ class SearchJob:
     )
 
   @functools.cached_property
-  def _plan(self) -> list[IndexShard]:
-    return self._make_plan(self._record["index_rows"])
-
-  def _make_plan(self, index_rows: int) -> list[IndexShard]:
-    everything = range(self.memory.rows)
-    if self._update is None:
-      return index_shards.cut(everything, index_rows, ALL)
-    plan = []
-    if len(self._chosen(LOST)):
-      plan += index_shards.cut(everything, index_rows, LOST)
-    if len(self._gained) and len(self._chosen(REST)):
-      plan += index_shards.cut(self._gained, index_rows, REST)
-    return plan
+  def _index(self) -> list[IndexShard]:
+    return self._plan.index(self._record["index_rows"])
 
   @functools.cached_property
   def _groups(self) -> dict[str, list[int]]:
     """Numbers of index shards by group; the name says which they are."""
-    return index_shards.deal(len(self._plan), self.settings["groups"])
-
-  @functools.cached_property
-  def _update(self) -> Update | None:
-    if self.previous is None:
-      return None
-    return Update(self.previous, self.without)
+    return index_shards.deal(len(self._index), self.settings["groups"])
 
   @functools.cached_property
   def _exclusion(self) -> Exclusion:
     pairs = self.without.pairs if self.without is not None else None
     return Exclusion(self.queries, self.memory, pairs)
 
-  @functools.cached_property
-  def _gone(self) -> np.ndarray:
-    """Rows that nobody is to find, ascending."""
-    if self.without is None:
-      return self.memory.removed
-    return np.union1d(self.memory.removed, self.without.rows)
-
-  @functools.cached_property
-  def _gained(self) -> np.ndarray:
-    """Rows that are new since the earlier search."""
-    return np.setdiff1d(self._update.gained, self._gone)
-
   def _index_keys(self, index: IndexShard) -> tuple[Rows, np.ndarray]:
     """Rows that can be found, and their keys, float32 [n, d] of unit length."""
-    rows = index_shards.without(index.rows, self._gone)
+    rows = index_shards.without(index.rows, self._plan.gone)
     keys = self._transform(self.memory.key_rows(rows))
     return rows, searching.normalize(keys, f"keys of {self.memory.folder}")
-
-  def _chosen(self, queries: str) -> np.ndarray:
-    """Rows of the query table that search some index shards, ascending."""
-    rows = [s.rows[self._mask(s, queries)] for s in self._all]
-    return np.sort(np.concatenate(rows))
-
-  def _mask(self, shard: neighbors.Shard, queries: str) -> np.ndarray:
-    """Which queries of a shard are meant: bool [n]."""
-    if queries == ALL or self._update is None:
-      whole = queries == ALL and self._update is None
-      return np.full(len(shard.rows), whole)
-    lost = self._update.lost(shard)
-    return lost if queries == LOST else ~lost
-
-  def _sample(self, shard: neighbors.Shard) -> np.ndarray:
-    """Places in a shard of the queries on which recall is measured."""
-    n = len(shard.rows)
-    share = -(-self.settings["recall_sample"] * n // self.queries.rows)
-    return np.unique(np.linspace(0, n - 1, min(share, n)).astype(np.int64))
 
   def _check_recall(self, recall: float, kind: str) -> None:
     s = self.settings
