@@ -94,6 +94,6 @@ class Plan:
     return np.sort(np.concatenate(rows))
 
   def sample(self, shard: neighbors.Shard) -> np.ndarray:
-    """Places in a neighbour shard of the queries on which recall is measured."""
+    """Places in a neighbour shard of queries whose recall is measured."""
     n = len(shard.rows)
     return even_sample(n, -(-self._recall_sample * n // self._queries.rows))
