@@ -104,7 +104,8 @@ def defaults() -> ml_collections.ConfigDict:
   c.search.shard_rows = 16384  # examples a neighbour shard
   # Rows of the memory that one index is built over; 0: what memory_gb holds.
   c.search.index_rows = 0
-  c.search.memory_gb = 0.0  # for them, in 10^9 bytes; 0: half of what is free
+  # For them, in 10^9 bytes; 0: half of what is free, shared among the groups.
+  c.search.memory_gb = 0.0
   c.search.groups = 1  # workers that share the index shards
   # Of each searcher; 0 is tuned.
   c.search.ivf = ml_collections.ConfigDict({"lists": 0, "probes": 0})

@@ -192,7 +192,7 @@ class SearchJob:
       "key_transform", [neighbors.TRANSFORM], {"dims": transform.dims}
     )
     index_rows = s["index_rows"] or index_shards.rows_that_fit(
-      s["memory_gb"], key, transform.dims, n
+      s["memory_gb"], key, transform.dims, n, s["groups"]
     )
     plan = self._plan.index(index_rows)
     choices = {}

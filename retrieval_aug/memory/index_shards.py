@@ -68,17 +68,23 @@ def without(rows: Rows, gone: np.ndarray) -> Rows:
 
 
 def rows_that_fit(
-  memory_gb: float, raw_dims: int, dims: int, num_queries: int
+  memory_gb: float,
+  raw_dims: int,
+  dims: int,
+  num_queries: int,
+  groups: int = 1,
 ) -> int:
   """Rows an index shard that a worker has the memory for.
 
   Args:
-    memory_gb: in 10^9 bytes; 0 is half of what is free.
+    memory_gb: in 10^9 bytes; 0 is a share of half of what is free.
     raw_dims: of a key as it is stored, in float16.
     dims: after the key transform.
     num_queries: that the worker holds, too.
+    groups: how many work at a time, as far as is known on this machine.
   """
-  budget = memory_gb * 1e9 or _PART * free_memory()
+  workers = min(groups, os.cpu_count() or 1)
+  budget = memory_gb * 1e9 or _PART * free_memory() / workers
   # As stored, of unit length, and up to two copies in an index.
   row = 2 * raw_dims + 3 * 4 * dims
   return max(int((budget - 4 * dims * num_queries) / row), _FEWEST)
