@@ -96,7 +96,7 @@ class Retrieval:
     worked = self._complete("searched", now.searched)
     if self._before.exists():
       shutil.rmtree(self._before)
-    if self._leak_sample and not now.leaks.is_complete():
+    if self._leak_sample and self._no_leaks_yet():
       worked = True
       self._find_leaks()
     if now.neighbors is not now.searched:
@@ -296,6 +296,13 @@ class Retrieval:
   def _leak_sample(self) -> int:
     s = self._settings.memory
     return -1 if s.exclude_leaks else s.leak_sample
+
+  def _no_leaks_yet(self) -> bool:
+    """Whether leaks are still to be found; a report of other settings goes."""
+    folder, wanted = self.now.leaks.folder, self.now.leaks.fingerprint
+    if _fingerprint_in(folder) not in (None, wanted):
+      shutil.rmtree(folder)
+    return not self.now.leaks.is_complete()
 
   def _find_leaks(self) -> None:
     """Looks for near copies of the examples in the memory."""

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import pathlib
 
 import ml_collections
@@ -99,8 +100,10 @@ def test_leaks_are_told_and_drawn_and_left_out_if_asked(tmp_path, config):
 
   # One example of each split alone is looked at.
   config.memory.leak_sample = 1
-  main.run(config, tmp_path / "sample", ["embed", "search"])
-  assert not (tmp_path / "sample" / "neighbors_all").exists()
+  main.run(config, workdir, ["embed", "search"])
+  report = json.loads((workdir / "leaks" / "leaks.json").read_text())
+  assert {s["examples"] for s in report["splits"].values()} == {1}
+  assert not (workdir / "neighbors_all").exists()
 
   config.memory.exclude_leaks = True
   other = tmp_path / "without"
