@@ -11,6 +11,7 @@ import numpy as np
 
 from retrieval_aug.common import files
 from retrieval_aug.common.errors import UserError
+from retrieval_aug.memory.searchers import running
 
 KINDS = ("none", "center", "pca", "whiten")
 
@@ -83,7 +84,10 @@ def fit(keys: np.ndarray, kind: str, dims: int) -> KeyTransform:
       f"{min(d, n - 1)}; choose a smaller value."
     )
   x = x - mean
-  variance, directions = np.linalg.eigh(x.T @ x / n)
+  # In how many threads a product is summed changes its last bits: with one, a
+  # worker of a cluster gets what a machine of many cores does.
+  with running.one_blas_thread():
+    variance, directions = np.linalg.eigh(x.T @ x / n)
   variance, directions = variance[::-1][:dims], directions[:, ::-1][:, :dims]
   # An eigenvector's sign is arbitrary: fix it, so that every run agrees.
   largest = np.abs(directions).argmax(axis=0)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory import key_transform
@@ -135,3 +136,16 @@ def test_a_saved_transform_has_the_same_bytes_again(tmp_path, keys):
   transform.save(tmp_path / "a.npz")
   transform.save(tmp_path / "b.npz")
   assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["pca", "whiten"])
+def test_the_number_of_threads_changes_no_bit(kind):
+  """A worker of a cluster has fewer than the machine that plans the search."""
+  # Correlated, like features; the last directions have little variance.
+  rng = np.random.default_rng(7)
+  mixed = rng.normal(size=(2000, 40)) @ rng.normal(size=(40, 700))
+  keys = np.maximum(mixed, 0).astype(np.float16)
+  whole = key_transform.fit(keys, kind, 0)
+  with threadpoolctl.threadpool_limits(1):
+    single = key_transform.fit(keys, kind, 0)
+  np.testing.assert_array_equal(whole.matrix, single.matrix)
