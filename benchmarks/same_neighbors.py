@@ -19,8 +19,8 @@ import time
 
 import numpy as np
 
-from retrieval_aug.common import files
 from retrieval_aug.memory import neighbors
+from retrieval_aug.memory.table import Table
 
 PROCESSES = (
   "--runner=FnApiRunner --direct_running_mode=multi_processing "
@@ -59,8 +59,7 @@ def main() -> None:
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--stages", default="search")
   flags = parser.parse_args()
-  shards = files.read_json(flags.workdir / "memory" / "manifest.json")["shards"]
-  rows = sum(s["info"]["rows"] for s in shards.values())
+  rows = Table(flags.workdir / "memory").rows
   print(
     f"{'way':<40} {'same lists':>10} {'same scores':>11} {'overlap':>8} "
     f"{'recall':>7} {'seconds':>8}"

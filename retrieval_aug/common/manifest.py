@@ -103,7 +103,7 @@ class Artifact:
       more = len(differing) - 4
       tail = f" and {more} more" if more > 0 else ""
       raise UserError(
-        f"{path}: this {self.kind} was made from other inputs "
+        f"{path}: {self.kind} made from other inputs "
         f"({'; '.join(differing[:4])}{tail}); choose another --workdir, or "
         f"{self.remedy}."
       )

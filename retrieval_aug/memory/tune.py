@@ -4,9 +4,9 @@ Of the engines the exact one and our inverted file are compared by what they
 would take: a small product is timed, centers are trained and the true
 neighbors of some queries among some keys are looked up, which tells in how
 many lists a query must look before anything is built. ScaNN and faiss can be
-asked for by name and are tuned to the same recall; for a job that is searched
-once, no size was found at which one of them wins (benchmarks/search_scale.py),
-for their indexes take longer to build than our lists take to build and search.
+asked for by name and are tuned to the same recall. For a job that is searched
+once they took longer at every size measured (benchmarks/search_scale.py) but
+where the whole job takes a second.
 """
 
 import math

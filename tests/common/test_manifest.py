@@ -117,7 +117,7 @@ def test_other_inputs_are_refused_and_named_with_the_remedy(tmp_path, made):
   before = (made.folder / "manifest.json").read_bytes()
   message = _refusal(other.is_complete)
   assert str(made.folder / "manifest.json") in message
-  assert "embedding table was made from other inputs" in message
+  assert "embedding table made from other inputs" in message
   assert "encoder.name: lite0 -> lite2" in message
   assert "sizes" not in message
   assert f"delete {made.folder} to have it made again" in message

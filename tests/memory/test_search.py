@@ -5,35 +5,17 @@ import pytest
 
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory import search, searchers
-
-N, Q, D, K = 211, 29, 13, 7
-
-
-def _vectors(n, seed, dims=D):
-  rng = np.random.default_rng(seed)
-  plane = np.random.default_rng(0).normal(size=(5, dims))
-  x = rng.normal(size=(n, 5)) @ plane + 0.01 * rng.normal(size=(n, dims))
-  return search.normalize(x, "vectors")
+from tests.memory.plane import D, K, N, Q, oracle, vectors
 
 
 @pytest.fixture
 def keys():
-  return _vectors(N, seed=1)
+  return vectors(N, seed=1)
 
 
 @pytest.fixture
 def queries():
-  return _vectors(Q, seed=2)
-
-
-def _oracle(keys, queries, k):
-  """ids and scores by (-score, id), computed in float64."""
-  scores = (queries.astype(np.float64) @ keys.astype(np.float64).T).astype(
-    np.float32
-  )
-  ids = np.broadcast_to(np.arange(len(keys)), scores.shape)
-  order = np.lexsort((ids, -scores), axis=1)[:, :k]
-  return order, np.take_along_axis(scores, order, axis=1)
+  return vectors(Q, seed=2)
 
 
 def _search(kind, keys, queries, k, **options):
@@ -66,7 +48,7 @@ def test_exact_scores_are_cosines_and_minus_infinity_for_pads(keys, queries):
 
 def test_exact_scores_of_many_blocks_and_threads_are_those_of_each(queries):
   rng = np.random.default_rng(7)
-  keys = _vectors(N, 8, dims=D)
+  keys = vectors(N, 8, dims=D)
   many = queries[rng.integers(Q, size=5003)]
   ids = rng.integers(-1, N, (len(many), 11))
   found = search.exact_scores(keys, many, ids)
@@ -125,11 +107,11 @@ class TestRecall:
     return search.measure_recall(result, keys, queries, k, sample)
 
   def test_of_exact_search_is_one(self, keys, queries):
-    ids, _ = _oracle(keys, queries, K)
+    ids, _ = oracle(keys, queries, K)
     assert self._measure(ids, keys, queries) == 1.0
 
   def test_counts_each_neighbor_that_is_missed(self, keys, queries):
-    ids, _ = _oracle(keys, queries, N)
+    ids, _ = oracle(keys, queries, N)
     found = ids[:, :K].copy()
     found[:, K - 2 :] = ids[:, -2:]  # the two furthest
     found[0] = -1
@@ -145,13 +127,13 @@ class TestRecall:
     assert self._measure(ids, keys, queries, k=2) == 1.0
 
   def test_the_sample_is_spread_over_all_queries(self, keys, queries):
-    ids, _ = _oracle(keys, queries, K)
+    ids, _ = oracle(keys, queries, K)
     ids[-1] = -1
     assert self._measure(ids, keys, queries, sample=3) == pytest.approx(2 / 3)
 
   def test_k_beyond_the_memory_asks_for_what_there_is(self, keys, queries):
     ids = np.full((Q, K), -1)
-    ids[:, :5] = _oracle(keys[:5], queries, 5)[0]
+    ids[:, :5] = oracle(keys[:5], queries, 5)[0]
     assert self._measure(ids, keys[:5], queries) == 1.0
 
   def test_pads_of_the_truth_ask_for_nothing(self):
@@ -163,7 +145,7 @@ class TestRecall:
 
   def test_best_scores_of_shards_are_merged_by_sorting(self, keys, queries):
     whole = search.best_scores(keys, queries, K)
-    np.testing.assert_array_equal(whole, _oracle(keys, queries, K)[1])
+    np.testing.assert_array_equal(whole, oracle(keys, queries, K)[1])
     parts = [
       search.best_scores(x, queries, K) for x in (keys[:3], keys[3:], keys[:0])
     ]

@@ -17,8 +17,7 @@ import pytest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory import search, searchers
 from retrieval_aug.memory.searchers import exact, ivf, running, scann_tree
-
-N, Q, D, K = 211, 29, 13, 7
+from tests.memory.plane import D, K, N, Q, oracle, vectors
 
 needs_scann = pytest.mark.skipif(
   sys.platform != "linux", reason="ScaNN has wheels for Linux only"
@@ -42,31 +41,14 @@ KINDS = [
 ]
 
 
-def _vectors(n, seed, dims=D):
-  rng = np.random.default_rng(seed)
-  plane = np.random.default_rng(0).normal(size=(5, dims))
-  x = rng.normal(size=(n, 5)) @ plane + 0.01 * rng.normal(size=(n, dims))
-  return search.normalize(x, "vectors")
-
-
 @pytest.fixture
 def keys():
-  return _vectors(N, seed=1)
+  return vectors(N, seed=1)
 
 
 @pytest.fixture
 def queries():
-  return _vectors(Q, seed=2)
-
-
-def _oracle(keys, queries, k):
-  """ids and scores by (-score, id), computed in float64."""
-  scores = (queries.astype(np.float64) @ keys.astype(np.float64).T).astype(
-    np.float32
-  )
-  ids = np.broadcast_to(np.arange(len(keys)), scores.shape)
-  order = np.lexsort((ids, -scores), axis=1)[:, :k]
-  return order, np.take_along_axis(scores, order, axis=1)
+  return vectors(Q, seed=2)
 
 
 def _build(kind, keys, k, exclude=None):
@@ -83,7 +65,7 @@ def _search(kind, keys, queries, k, exclude=None):
 class TestEverySearcher:
   def test_finds_what_brute_force_finds(self, kind, keys, queries):
     found = _search(kind, keys, queries, K)
-    ids, scores = _oracle(keys, queries, K)
+    ids, scores = oracle(keys, queries, K)
     assert found.ids.dtype == np.int64 and found.scores.dtype == np.float32
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-7)
@@ -96,7 +78,7 @@ class TestEverySearcher:
 
   def test_more_neighbors_than_keys_are_padded(self, kind, keys, queries):
     found = _search(kind, keys[:5], queries, K)
-    ids, scores = _oracle(keys[:5], queries, 5)
+    ids, scores = oracle(keys[:5], queries, 5)
     assert found.ids.shape == found.scores.shape == (Q, K)
     np.testing.assert_array_equal(found.ids[:, :5], ids)
     assert (found.ids[:, 5:] == -1).all()
@@ -118,7 +100,7 @@ class TestEverySearcher:
     own[5] = -1  # has nothing to leave out
     exclude = search.Groups(own, groups)
     found = _search(kind, keys, keys[:Q], K, exclude=exclude)
-    ids, _ = _oracle(keys, keys[:Q], len(keys))
+    ids, _ = oracle(keys, keys[:Q], len(keys))
     for i in range(Q):
       expected = [x for x in ids[i] if own[i] < 0 or groups[x] != own[i]][:K]
       assert found.ids[i].tolist() == expected
@@ -153,7 +135,7 @@ class TestEverySearcher:
     )
 
   def test_single_pairs_are_not_found_beside_groups(self, kind, keys, queries):
-    ids, _ = _oracle(keys, queries, N)
+    ids, _ = oracle(keys, queries, N)
     pairs = np.array([[4, ids[4, 0]], [4, ids[4, 2]], [9, ids[9, 1]]])
     none = np.full(Q, -1)
     exclude = search.Groups(none, np.full(N, -1), pairs)
@@ -238,7 +220,7 @@ def test_approximate_top_k_of_accelerators_is_exact_on_a_cpu(keys, queries):
   engine = exact.Exact(keys, jitted=True, approximate=True, key_block=50)
   assert engine.parameters == {"approximate": True}
   found = search.search(engine, keys, queries, K)
-  np.testing.assert_array_equal(found.ids, _oracle(keys, queries, K)[0])
+  np.testing.assert_array_equal(found.ids, oracle(keys, queries, K)[0])
 
 
 def test_the_last_block_of_queries_compiles_nothing_new(keys, queries):
@@ -267,7 +249,7 @@ def test_running_top_k_is_that_of_all_keys_however_they_stream(
   for start in range(0, N, 50):
     found.visit(even, keys[start : start + 50], start)
   found.visit(odd, keys, 0)
-  expected, scores = _oracle(keys, queries, K)
+  expected, scores = oracle(keys, queries, K)
   np.testing.assert_array_equal(np.sort(found.ids()), np.sort(expected))
   np.testing.assert_allclose(found.bounds, scores[:, -1], atol=1e-6)
 
@@ -275,7 +257,7 @@ def test_running_top_k_is_that_of_all_keys_however_they_stream(
 class TestIvf:
   @pytest.fixture
   def many(self):
-    return _vectors(20_011, 4, dims=61), _vectors(307, 5, dims=61)
+    return vectors(20_011, 4, dims=61), vectors(307, 5, dims=61)
 
   def test_all_lists_are_exact_search(self, many):
     keys, queries = many
@@ -348,7 +330,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(keys):
 
 @needs_scann
 def test_scann_tree_reaches_its_recall_on_a_memory_worth_an_index():
-  keys, queries = _vectors(20_011, 4, dims=61), _vectors(53, 5, dims=61)
+  keys, queries = vectors(20_011, 4, dims=61), vectors(53, 5, dims=61)
   engine = searchers.build("scann", keys, K + search.MARGIN)
   # At least 150 rows a leaf: with fewer ScaNN's recall collapses in silence.
   assert engine.parameters["leaves"] <= 20_011 / 150
