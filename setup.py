@@ -33,6 +33,7 @@ RUN = [
   "tensorflow-datasets>=4.9.10,<4.10",
   "importlib_resources>=6.4",  # which some of its builders import unasked
   "py3langid>=0.4",
+  "clu>=0.0.12",
   "matplotlib>=3.9",
   "resvg-py>=0.5.0,<0.6",
 ]

@@ -21,7 +21,9 @@ from benchmarks import folds
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.experiment import Experiment
 from retrieval_aug.settings import train_settings
-from retrieval_aug.training import loop, runs
+from retrieval_aug.training import loop, predict, runs
+from retrieval_aug.training.data import Data
+from retrieval_aug.training.settings import TrainSettings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the finished search stage.")
@@ -35,7 +37,7 @@ _FOLDS = flags.DEFINE_integer("folds", 5, "Number of folds.")
 def score(
   data: dict[str, np.ndarray],
   fold: np.ndarray,
-  shared: runs.Data,
+  shared: Data,
   name: str,
   options: dict,
   settings: dict,
@@ -44,7 +46,8 @@ def score(
   run = runs.Run(name, options, settings, 0, pathlib.Path(), "")
   model = runs.build(run, shared)
   settings = dict(settings)
-  k, *_ = (settings.pop(n) for n in ("k", "seeds", "start_from"))
+  aside = ("k", "seeds", "start_from", "seeds_at_once")
+  k, *_ = (settings.pop(n) for n in aside)
   data = data | {"rows": data["rows"][:, :k]}
   num_classes = len(shared.class_counts)
   correct = []
@@ -56,13 +59,13 @@ def score(
     counts = np.bincount(train["label"], minlength=num_classes)
     trainer = loop.Trainer(
       model,
-      loop.TrainSettings(**settings),
+      TrainSettings(**settings),
       shared.memory,
       train,
       np.maximum(counts, 1),
     )
     params = trainer.run(held, what=f"{name} fold {held}")
-    logits, _ = loop.predict(model, params, trainer.memory, test, 256)
+    logits, _ = predict.predict(model, params, shared.memory, test, 256)
     correct.append(accuracy.top_k_correct(logits, test["label"], 1))
   return 100 * float(np.concatenate(correct).mean())
 

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from retrieval_aug.experiment import Experiment
 from retrieval_aug.memory import edits
-from retrieval_aug.training import runs
+from retrieval_aug.training import evaluations
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Finished: has the tables.")
@@ -34,7 +34,7 @@ def accuracy(experiment: Experiment, name: str, withheld: np.ndarray) -> str:
   """Of test examples of the withheld classes, and of the others."""
   found = []
   for evaluation in experiment.evaluations(name):
-    ids, logits, _ = runs.read_predictions(evaluation, "test")
+    ids, logits, _ = evaluations.read_predictions(evaluation, "test")
     queries = experiment.tables[0]
     label = dict(zip(queries.column("id"), queries.column("label")))
     labels = np.array([label[x] for x in ids])

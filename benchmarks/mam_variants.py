@@ -164,7 +164,7 @@ def _trainer(p: Problem, model, total_steps: int, warmup_steps: int):
         logits = model.apply(
           {"params": params},
           batch["query"],
-          **step.gather(memory, batch["rows"]),
+          **step.inputs(memory, batch),
           train=True,
           rngs={"dropout": jax.random.fold_in(key, state.step)},
         )
@@ -176,14 +176,16 @@ def _trainer(p: Problem, model, total_steps: int, warmup_steps: int):
       gradients = jax.grad(loss_of)(state.params)
       updates, opt_state = tx.update(gradients, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-      return step.State(params, opt_state, state.step + 1)
+      return state._replace(
+        params=params, opt_state=opt_state, step=state.step + 1
+      )
 
     def all_taus(states, batch):
       each = jax.vmap(one, in_axes=(0, None, 0))
       return each(states, batch, jnp.asarray(TAUS)), None
 
-    first = {n: x[0][:1] for n, x in batches.items()}
-    state = step.init(model, tx, memory, first, seed)
+    dims, k = batches["query"].shape[-1], batches["rows"].shape[-1]
+    state = step.init(model, tx, memory, dims, k, seed)
     states = jax.tree.map(lambda x: jnp.stack([x] * len(TAUS)), state)
     return jax.lax.scan(all_taus, states, batches)[0].params
 

@@ -6,11 +6,11 @@
 # `parse "$@"`. What stands after `--` goes to the main job as it is.
 
 declare -A ARG
-declare -a REQUIRED EXTRA
+declare -a REQUIRED EXTRA MAIN
 DRY_RUN=
 
 fail() {
-  echo "error: $(basename "$0"): $1" >&2
+  echo "error: $(basename "$0"): $*" >&2
   exit 1
 }
 
@@ -20,8 +20,10 @@ show_help() {
 }
 
 parse() {
-  local name missing=()
+  local name
   while (($#)); do
+    # What is run is printed and read as lines.
+    [[ $1 != *$'\n'* ]] || fail "an argument holds a line break."
     case $1 in
       --help)
         show_help
@@ -43,7 +45,14 @@ parse() {
     esac
     shift
   done
-  for name in "${REQUIRED[@]}"; do
+  [[ ${EXTRA[*]} != *$'\n'* ]] || fail "an argument holds a line break."
+  check_given "${REQUIRED[@]}"
+}
+
+# Fails unless arguments have a value.
+check_given() {
+  local name missing=()
+  for name in "$@"; do
     [[ -n ${ARG[$name]} ]] || missing+=("--$name=...")
   done
   ((${#missing[@]} == 0)) || fail "needs ${missing[*]}; see --help."
@@ -55,6 +64,11 @@ check_count() {
     fail "--$1=${ARG[$1]}: not a whole number from 1 on."
 }
 
+# Fails unless an argument matches a pattern, which the third word describes.
+check_form() {
+  [[ ${ARG[$1]} =~ ^($2)$ ]] || fail "--$1=${ARG[$1]}: not $3."
+}
+
 # A word as a shell would read it, quoted only where it must be.
 quote() {
   if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
@@ -64,16 +78,31 @@ quote() {
   fi
 }
 
+# Words as a shell would read them, in a line.
+words() {
+  local word line=
+  for word in "$@"; do
+    line+="$(quote "$word") "
+  done
+  printf '%s' "${line% }"
+}
+
 # Runs a command, or with --dry_run prints it.
 run() {
   if [[ -z $DRY_RUN ]]; then
     exec "$@"
   fi
-  local line=
-  for word in "$@"; do
-    line+="$(quote "$word") "
-  done
-  echo "${line% }"
+  words "$@"
+  echo
+}
+
+# Runs a text as a shell script, or with --dry_run prints it: what is printed
+# is what would run.
+run_text() {
+  if [[ -z $DRY_RUN ]]; then
+    exec bash -c "$1"
+  fi
+  printf '%s\n' "$1"
 }
 
 # The offline stages through Beam, with the options given as arguments; search
@@ -87,4 +116,40 @@ run_main() {
     "--config.search.groups=${ARG[groups]}" \
     "--beam=$*" \
     "${EXTRA[@]}"
+}
+
+# Sets MAIN to the command of the stages that train, run by the Python that the
+# first argument names, with the others as further flags.
+set_main() {
+  MAIN=(
+    "$1" -m retrieval_aug.main
+    "--config=${ARG[config]}"
+    "--workdir=${ARG[workdir]}"
+    "--stages=${ARG[stages]}"
+    "${@:2}"
+    "${EXTRA[@]}"
+  )
+}
+
+# Shell text that runs MAIN, and again as long as it ends with code 75, which
+# says that it was told to stop and has saved, or with 143, when it had nothing
+# to save. A signal to this shell is one to MAIN, and the last: then it is not
+# run again. $code is left as its last code.
+#
+# MAIN runs in the background because a shell that waits for a command in the
+# foreground sees no signal. A signal ends `wait` early, so it is called until
+# the process is gone, and once more for its code, which the shell keeps.
+main_again() {
+  cat <<END
+stop=
+trap 'stop=yes; kill -TERM \$! 2>/dev/null' TERM INT HUP
+while :; do
+  $(words "${MAIN[@]}") &
+  [ -z "\$stop" ] || kill -TERM \$!
+  while kill -0 \$! 2>/dev/null; do wait \$!; done
+  wait \$!
+  code=\$?
+  case \$stop\$code in 75 | 143) ;; *) break ;; esac
+done
+END
 }

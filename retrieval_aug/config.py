@@ -62,6 +62,11 @@ def defaults() -> ml_collections.ConfigDict:
   # Examples of each split that are looked at for copies; 0 is none, -1 is all,
   # as with exclude_leaks.
   c.memory.leak_sample = 500
+  # Where the rows that neighbours name lie in training: replicated (a copy on
+  # each device) | sharded (split over devices) | host (mapped from disk) |
+  # auto: the first of these that fits. See docs/training.md.
+  c.memory.placement = "auto"
+  c.memory.dtype = "float16"  # there: float16 (as on disk) | bfloat16 | float32
   c.memory.filters = ml_collections.ConfigDict()
   c.memory.filters.min_size = 0  # pixels of the shorter side
   c.memory.filters.licenses = ""  # those that are kept, with commas
@@ -123,8 +128,24 @@ def defaults() -> ml_collections.ConfigDict:
   )
   c.search.faiss_ivf = ml_collections.ConfigDict({"lists": 0, "probes": 0})
 
+  # How arrays are split over devices; see docs/training.md.
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.model = 1  # devices that share a model; the others share a batch
+  # Of parameters and optimizer state: replicate | fsdp | tensor, or (regex,
+  # action) pairs: the first that matches a parameter's whole name.
+  c.mesh.sharding = config_dict.FieldReference("replicate", field_type=object)
+
+  # What is told of a run beside metrics.jsonl and metrics.csv.
+  c.log = ml_collections.ConfigDict()
+  c.log.tensorboard = True  # event files, in the run's folder
+  c.log.wandb = ""  # project of Weights & Biases
+  c.log.profile = ""  # steps to trace, such as 10:15
+
   c.train = ml_collections.ConfigDict()
   c.train.seeds = 3
+  # That train together, in one compiled step: faster for small models where
+  # there is one device.
+  c.train.seeds_at_once = 1
   c.train.k = 100  # neighbours given to the model, at most search.k
   c.train.epochs = 10.0
   c.train.batch_size = 512
@@ -163,6 +184,13 @@ def defaults() -> ml_collections.ConfigDict:
   # How much of them is kept in the end, 0 to below 1: 0.5 is half way between.
   c.train.keep_start = 0.0
   c.train.checkpoint_epochs = 10.0
+  c.train.eval_epochs = 0.0  # how often to look at val; 0 is never
+  c.train.keep = "last"  # last | best on val: the parameters of the result
+  # Parts of a batch that are computed one after the other.
+  c.train.accumulate = 1
+  c.train.ema = 0.0  # of the parameters: what stays in a step; 0 is off
+  # Less memory for more computation: activations are computed again.
+  c.train.remat = False
 
   # One section a model: its module's options, and `train`: what it trains
   # with where that differs from the section above (None: as above).

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrieval_aug import config as configs
 from retrieval_aug import encoders
-from retrieval_aug.common import files, progress
+from retrieval_aug.common import distributed, files, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.manifest import Artifact
 from retrieval_aug.datasets.vectors import NoImageError
@@ -19,7 +19,8 @@ from retrieval_aug.memory.table import Table
 from retrieval_aug.report import leaks_picture, neighbors_picture, pictures
 from retrieval_aug.retrieval.stages import Retrieval, Runner, run_here
 from retrieval_aug.settings import Settings, chosen_models, train_settings
-from retrieval_aug.training import finetune, runs, start
+from retrieval_aug.training import data, evaluations, finetune, runs, start
+from retrieval_aug.training.settings import Layout, Telling
 
 
 class Experiment:
@@ -61,10 +62,19 @@ class Experiment:
         "has train.finetune=True"
       )
     for name in self.runnable:
-      if not _complete([r.artifact for r in self._runs(name)]):
+      if not _complete_for_all([r.artifact for r in self._runs(name)]):
         worked = True
-        tuned = self._finetuning(name, ("train",))
-        runs.train(self._runs(name), self.data_of(name), tuned)
+        looks = train_settings(self.settings, name)["eval_epochs"] > 0
+        tuned = self._finetuning(name, ("train", "val")[: 1 + looks])
+        at_once = train_settings(self.settings, name)["seeds_at_once"]
+        runs.train(
+          self._runs(name),
+          self.data_of(name),
+          tuned,
+          seeds_at_once=at_once,
+          layout=self._layout,
+          telling=Telling(**self.settings.log.options()),
+        )
       for run in self._runs(name):
         run.artifact.verify()
     return worked
@@ -74,13 +84,21 @@ class Experiment:
     options = self.settings.evaluate.options()
     worked = False
     for name in self.runnable:
-      if not _complete(self.evaluations(name)):
+      if not _complete_for_all(self.evaluations(name)):
         worked = True
         runs.check_trained(self._runs(name))
-        tuned = self._finetuning(name, runs.EVAL_SPLITS)
-        runs.evaluate(self._runs(name), self.data_of(name), tuned, **options)
+        tuned = self._finetuning(name, evaluations.EVAL_SPLITS)
+        evaluations.evaluate(
+          self._runs(name),
+          self.data_of(name),
+          tuned,
+          layout=self._layout,
+          **options,
+        )
       for artifact in self.evaluations(name):
         artifact.verify()
+    if not distributed.is_first():
+      return worked
     rows = self._rows()
     text = result_table.to_csv(rows)
     files.write_bytes(self.workdir / "results.csv", text.encode())
@@ -117,11 +135,11 @@ class Experiment:
     if pictures.version_of(path) == version:
       return False
     queries, memory = self.tables
-    examples = runs.read_examples(self._neighbors, queries)
+    examples = data.read_examples(self._neighbors, queries)
     rows = neighbors_picture.choose(
       examples["train"].labels,
       examples["test"],
-      *runs.read_predictions(evaluation, "test"),
+      *evaluations.read_predictions(evaluation, "test"),
       **options,
     )
     try:
@@ -179,25 +197,30 @@ class Experiment:
     """The query table and the memory table, as the embed stage left them."""
     return self.retrieval.tables
 
+  @functools.cached_property
+  def _layout(self) -> Layout:
+    mesh, memory = self.settings.mesh, self.settings.memory
+    return Layout(mesh.model, mesh.sharding, memory.placement, memory.dtype)
+
   @property
   def _neighbors(self) -> Artifact:
     return self.retrieval.now.neighbors
 
-  def data_of(self, model: str) -> runs.Data:
+  def data_of(self, model: str) -> data.Data:
     """What the runs of a model see; needs the search stage to be finished."""
     return self._joined_data if model == "rac" else self.data
 
   @functools.cached_property
-  def _joined_data(self) -> runs.Data:
+  def _joined_data(self) -> data.Data:
     joined = self.retrieval.now.joined
     if not joined.is_complete():
       raise UserError(
         f"{joined.folder}: not finished; run --stages=search first."
       )
-    return runs.joined_data(self.data, joined)
+    return data.joined_data(self.data, joined)
 
   @functools.cached_property
-  def data(self) -> runs.Data:
+  def data(self) -> data.Data:
     """What all models but RAC see; needs the search stage to be finished."""
     rows = self.retrieval.now.working_set
     for artifact in (self._neighbors, rows):
@@ -205,9 +228,9 @@ class Experiment:
         raise UserError(
           f"{artifact.folder}: not finished; run --stages=search first."
         )
-    return runs.load_data(
-      runs.read_examples(self._neighbors, self.tables[0]),
-      working_set.load_working_set(rows),
+    return data.load_data(
+      data.read_examples(self._neighbors, self.tables[0]),
+      working_set.load_working_set(rows, check=distributed.is_first()),
       rows.fingerprint,
     )
 
@@ -234,6 +257,7 @@ class Experiment:
         data_fingerprint=seen.fingerprint,
         finetuned=finetuned,
         start=start.find(train["start_from"], name, seed),
+        memory_dtype=self._layout.dtype,
       )
       for seed in range(train["seeds"])
     ]
@@ -274,7 +298,8 @@ class Experiment:
     shot_groups = self.settings.evaluate.shot_groups
     seen = self.retrieval.now.seen_by(name).fingerprint
     return [
-      runs.evaluation_artifact(r, shot_groups, seen) for r in self._runs(name)
+      evaluations.evaluation_artifact(r, shot_groups, seen)
+      for r in self._runs(name)
     ]
 
   def _rows(self) -> list[dict[str, Any]]:
@@ -306,3 +331,11 @@ class Experiment:
 
 def _complete(artifacts: list[Artifact]) -> bool:
   return all(a.is_complete() for a in artifacts)
+
+
+def _complete_for_all(artifacts: list[Artifact]) -> bool:
+  """As `_complete`, with one answer for all processes."""
+  complete = _complete(artifacts)
+  # None finishes one of them before all have looked.
+  distributed.barrier("what is done already")
+  return complete

@@ -7,9 +7,15 @@ again; what was made from other settings is refused, never reused. Any setting
 can be given on the command line: --config.model.name=mam.
 
 With --beam the stages embed and search run on Apache Beam; with --estimate
-nothing runs, and what they would need is printed.
+nothing runs, and what they would need is printed. Several processes train
+together with --distributed, or --coordinator, --num_processes and --process_id;
+see docs/training.md.
+
+Exit codes: 0 done; 1 an error, in one line; 75 stopped by SIGTERM with all
+saved: the same command goes on.
 """
 
+import contextlib
 import errno
 import pathlib
 import re
@@ -23,7 +29,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from retrieval_aug.common import files, progress
+from retrieval_aug.common import distributed, files, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.experiment import Experiment
 from retrieval_aug.memory import pipeline
@@ -55,6 +61,33 @@ _ESTIMATE = flags.DEFINE_bool(
   "Prints what embed and search would need, and runs nothing; see "
   "docs/scale.md.",
 )
+
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "This is one of several processes, as their environment says: a TPU pod, "
+  "Slurm, GKE, Open MPI. They train and evaluate together.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "HOST:PORT of process 0, where the environment does not say; with "
+  "--num_processes and --process_id.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", 0, "How many processes there are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", -1, "Which of them this is, from 0."
+)
+_BARRIER_TIMEOUT = flags.DEFINE_float(
+  "barrier_timeout",
+  600.0,
+  "Seconds after which a process that others wait for is missing.",
+)
+
+# What several processes do together.
+_SHARED_STAGES = ("train", "evaluate")
 
 # A disk, or what a user may have of it, is full.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,12 +132,13 @@ def _run(
   config: Any, workdir: pathlib.Path, stages: list[str], runner: Runner
 ) -> str:
   experiment = Experiment(config, workdir, runner)
-  with files.lock(workdir):
+  first = distributed.is_first()
+  with files.lock(workdir) if first else contextlib.nullcontext():
     for stage in STAGES:
-      if stage in stages:
+      if stage in stages and _is_here(stage):
         _run_stage(experiment, stage)
     text = ""
-    if "evaluate" in stages:
+    if "evaluate" in stages and first:
       text = f"{experiment.text()}\n{_seconds(workdir)}"
   if set(stages) == set(STAGES):
     unread = set(experiment.settings.unread()) & set(changed(config))
@@ -114,10 +148,24 @@ def _run(
   return text
 
 
+def _is_here(stage: str) -> bool:
+  """Whether this process has a part in a stage."""
+  if distributed.processes() == 1 or stage in _SHARED_STAGES:
+    return True
+  if stage == "report":
+    return distributed.is_first()
+  if distributed.is_first():
+    progress.note(f"{stage}: left to a run of one process")
+  return False
+
+
 def _run_stage(experiment: Experiment, stage: str) -> None:
   """Runs one stage; adds its time to `stages.json` if it did any work."""
   start = time.monotonic()
-  if not getattr(experiment, stage)():
+  worked = getattr(experiment, stage)()
+  if not distributed.is_first():
+    return
+  if not worked:
     progress.note(f"{stage}: nothing to do")
     return
   spent = time.monotonic() - start
@@ -186,12 +234,24 @@ def main(arguments: list[str]) -> None:
     runner = lambda job, recipe: pipeline.run(recipe, options, job)
   workdir = pathlib.Path(_WORKDIR.value)
   try:
+    distributed.start(
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      auto=_DISTRIBUTED.value,
+      barrier_timeout=_BARRIER_TIMEOUT.value,
+    )
     if _ESTIMATE.value:
       text = Experiment(_CONFIG.value, workdir).retrieval.estimate()
     else:
-      text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
+      with distributed.collectives():
+        text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
+      distributed.shutdown()
   except UserError as error:
     _fail(str(error))
+  except distributed.Preempted as stopped:
+    print(f"{stopped}; the same command goes on.", file=sys.stderr)
+    sys.exit(distributed.EXIT_PREEMPTED)
   except KeyboardInterrupt:
     _fail("interrupted; the same command goes on where this one stopped.")
   if text:

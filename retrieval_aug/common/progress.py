@@ -8,7 +8,12 @@ import tqdm
 
 
 def bar(
-  items: Iterable[Any] | None = None, *, total: int, what: str, unit: str
+  items: Iterable[Any] | None = None,
+  *,
+  total: int,
+  what: str,
+  unit: str,
+  shown: bool = True,
 ) -> tqdm.tqdm:
   """A progress bar with rate and ETA.
 
@@ -20,6 +25,7 @@ def bar(
     total: number of units in all.
     what: label, for example "embed memory".
     unit: what is counted, for example "image".
+    shown: whether anything is printed.
   """
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(
@@ -32,6 +38,7 @@ def bar(
     dynamic_ncols=terminal,
     ncols=None if terminal else 100,
     ascii=not terminal,
+    disable=not shown,
   )
 
 

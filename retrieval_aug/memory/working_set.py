@@ -31,8 +31,8 @@ class WorkingSet(NamedTuple):
 
   Attributes:
     rows: int64 [U], ascending rows of the memory table.
-    keys: float16 [U, d], after the key transform.
-    values: by encoder name, float16 [U, d_v].
+    keys: float16 [U, d], after the key transform; mapped, if it was read.
+    values: by encoder name, float16 [U, d_v]; likewise.
     sources: int32 [U], the collection that each comes from, by number.
     labels: int32 [U], the class of each, -1 where it has none.
     source_names: name of each source.
@@ -248,19 +248,31 @@ def gather(
   jobs.run(GatherJob(artifact, neighbors, queries, memory, value_names))
 
 
-def load_working_set(artifact: manifest.Artifact) -> WorkingSet:
-  """Reads a finished working set, verified.
+def load_working_set(
+  artifact: manifest.Artifact, *, check: bool = True
+) -> WorkingSet:
+  """Opens a finished working set; its matrices stay on disk.
+
+  Args:
+    artifact: from `working_set_artifact`.
+    check: whether to verify it, which reads all; one of several processes is
+      enough.
 
   Raises:
     UserError: a file is damaged, of another shape, or not finite.
   """
   shapes, info = artifact.shards()[_ALL]["info"], artifact.info()
   matrix: Callable[[str], Any] = lambda name: read_matrix(
-    artifact.folder / f"{name}.npy", *shapes[name], artifact.remedy
+    artifact.folder / f"{name}.npy",
+    *shapes[name],
+    artifact.remedy,
+    mapped=True,
+    check=check,
   )
   keys = matrix("keys")
   values = {name: matrix(f"values_{name}") for name in info["value_names"]}
-  artifact.verify()
+  if check:
+    artifact.verify()
   rows, sources, labels = (
     np.load(artifact.folder / f"{n}.npy", allow_pickle=False)
     for n in ("rows", "sources", "labels")

@@ -8,23 +8,39 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from retrieval_aug.common import files
 from retrieval_aug.common.errors import UserError
 
+_METRIC = "metric"
+
 
 class Checkpoints:
-  """Saves a state now and then, and restores the latest one.
+  """Saves a state now and then; keeps the latest one, and the best.
 
-  A context manager: leaving it waits for the last save to be on disk.
+  Saving is asynchronous. A context manager: leaving it waits for the last save
+  to be on disk. Several processes make one each, and call everything alike.
   """
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder.absolute()
+    keep = preservation_policy.AnyPreservationPolicy(
+      [
+        preservation_policy.LatestN(1),
+        preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics[_METRIC],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=1, cleanup_tmp_directories=True
+        preservation_policy=keep,
+        best_fn=lambda metrics: metrics[_METRIC],
+        cleanup_tmp_directories=True,
       ),
     )
 
@@ -35,25 +51,39 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
-  def save(self, step: int, state: Any) -> None:
-    """Starts writing `state`; training goes on meanwhile."""
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+  def save(self, step: int, state: Any, metric: float | None = None) -> None:
+    """Starts writing `state`; training goes on meanwhile.
 
-  def restore(self, like: Any) -> tuple[int, Any]:
+    Args:
+      step: steps done.
+      state: of arrays, on any devices of any processes.
+      metric: of which the best state has the largest; None is not compared.
+    """
+    metrics = None if metric is None else {_METRIC: metric}
+    self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+  def wait(self) -> None:
+    """Until the last save is on disk."""
+    self._manager.wait_until_finished()
+
+  def restore(self, like: Any, *, best: bool = False) -> tuple[int, Any]:
     """The latest (step, state), or (0, like) where there is none.
 
     Args:
-      like: a state with the shapes, types and shardings that are wanted.
+      like: a state with the shapes, types and shardings that are wanted; those
+        that it was saved with do not matter.
+      best: the one with the largest metric instead.
 
     Raises:
       UserError: the checkpoint cannot be read.
     """
-    step = self._manager.latest_step()
+    manager = self._manager
+    step = manager.best_step() if best else manager.latest_step()
     if step is None:
       return 0, like
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-      state = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+      state = manager.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as error:
       reason = re.sub(r"\s+", " ", str(error))[:160]
       raise UserError(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from retrieval_aug.common import manifest
+from retrieval_aug.common import distributed, manifest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.datasets.types import Downstream
 from retrieval_aug.encoders import Encoder
@@ -28,6 +28,8 @@ from retrieval_aug.memory.key_transform import KeyTransform
 from retrieval_aug.memory.table import Table
 from retrieval_aug.training import augment, images, start
 from retrieval_aug.training.step import Query
+
+_WAIT = 7 * 86400.0  # seconds
 
 
 class FineTuning(NamedTuple):
@@ -170,8 +172,12 @@ def load(
         f"({'; '.join(differing[:3])}), whose space z must stay in; put the "
         "settings back, or choose another --workdir."
       )
-    if not cache.is_complete():
+    missing = not cache.is_complete()
+    distributed.barrier("which images are there")
+    if missing and distributed.is_first():
       images.make(cache, items(), encoder, threads=threads, processes=processes)
+    # All wait for the first, however long it takes.
+    distributed.barrier("images", timeout=_WAIT)
     found[cache.inputs["split"]] = images.Images(cache)
   record = neighbors.shards()["key_transform"]
   ((name, digest),) = record["files"].items()

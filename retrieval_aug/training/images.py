@@ -223,6 +223,7 @@ def train_batches(
   seed: int,
   first_step: int,
   last_step: int,
+  local: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """As `input_pipeline.train_batches`, in its order, with images.
 
@@ -237,9 +238,10 @@ def train_batches(
     seed: of the order and of the augmentation.
     first_step: where to begin.
     last_step: where to stop.
+    local: see `input_pipeline.train_batches`: [b].
 
   Yields:
-    The arrays' rows, and `images`: uint8 [batch_size, size, size, 3].
+    The arrays' rows, and `images`: uint8 [b, size, size, 3].
   """
   tf = import_tensorflow()
   tensors = {name: tf.constant(x) for name, x in arrays.items()}
@@ -252,12 +254,17 @@ def train_batches(
     found = {name: tf.gather(x, number) for name, x in tensors.items()}
     return found | {"images": image}
 
-  data = tf.data.Dataset.range(first_step * batch_size, last_step * batch_size)
+  local = np.arange(batch_size) if local is None else local
+  data = tf.data.Dataset.range(first_step, last_step).flat_map(
+    lambda step: tf.data.Dataset.from_tensor_slices(
+      input_pipeline.positions_of(step, batch_size, local)
+    )
+  )
   data = data.map(
     tf.autograph.experimental.do_not_convert(example),
     num_parallel_calls=tf.data.AUTOTUNE,
     deterministic=True,
   )
-  data = data.batch(batch_size, drop_remainder=True)
+  data = data.batch(len(local), drop_remainder=True)
   # Two batches: they are large, and the step is slow beside their making.
   return data.prefetch(2).as_numpy_iterator()

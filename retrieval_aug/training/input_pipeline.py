@@ -6,8 +6,11 @@ is no shuffle buffer whose state could be lost, and a run that starts at step
 s sees what it would have seen there.
 """
 
+import collections
+import concurrent.futures
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +26,7 @@ class Examples(NamedTuple):
   Attributes:
     ids: [N] example ids.
     labels: int32 [N].
-    queries: float32 [N, d].
+    queries: float16 [N, d].
     neighbors: int64 [N, k], rows of the memory table, -1 pads.
     scores: float32 [N, k], cosine, -inf pads.
   """
@@ -87,7 +90,7 @@ def read(
   return Examples(
     ids=found,
     labels=joined["label"].astype(np.int32),
-    queries=joined["query"].astype(np.float32),
+    queries=joined["query"],
     neighbors=joined["neighbor_ids"],
     scores=joined["neighbor_scores"],
   )
@@ -124,6 +127,25 @@ def shuffled(position: Any, n: int, seed: int) -> Any:
   )
 
 
+def numbers(position: np.ndarray, n: int, seed: int) -> np.ndarray:
+  """As `shuffled`, of arrays."""
+  return shuffled(position.astype(np.int64), n, seed).numpy()
+
+
+def positions_of(steps: Any, batch_size: int, local: np.ndarray) -> Any:
+  """Positions in the endless stream that this process has in some steps.
+
+  Args:
+    steps: int64 tensor of any shape [...].
+    batch_size: examples a batch, of all processes.
+    local: int64 [b], places in a batch that are this process's.
+
+  Returns:
+    int64 [..., b].
+  """
+  return steps[..., None] * batch_size + local
+
+
 def train_batches(
   arrays: dict[str, np.ndarray],
   *,
@@ -131,6 +153,7 @@ def train_batches(
   seed: int,
   first_step: int,
   last_step: int,
+  local: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps first_step..last_step-1, each a function of (seed, step).
 
@@ -140,14 +163,16 @@ def train_batches(
     seed: of the order.
     first_step: where to begin.
     last_step: where to stop.
+    local: places in a batch that this process prepares, as
+      `sharding.local_positions` gives them; None for all.
   """
   tf = import_tensorflow()
   n = len(next(iter(arrays.values())))
   tensors = {name: tf.constant(x) for name, x in arrays.items()}
+  local = np.arange(batch_size) if local is None else local
 
   def batch(step):
-    position = step * batch_size + tf.range(batch_size, dtype=tf.int64)
-    index = shuffled(position, n, seed)
+    index = shuffled(positions_of(step, batch_size, local), n, seed)
     return {name: tf.gather(x, index) for name, x in tensors.items()}
 
   data = tf.data.Dataset.range(first_step, last_step)
@@ -161,14 +186,48 @@ def train_batches(
 
 
 def eval_batches(
-  arrays: dict[str, np.ndarray], batch_size: int
+  arrays: dict[str, np.ndarray],
+  batch_size: int,
+  local: np.ndarray | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Batches in order, the last one filled up; yields (examples in it, batch).
 
   Filling keeps one shape and so one compilation; the caller drops the rest.
+
+  Args:
+    arrays: equally long arrays, [N, ...].
+    batch_size: examples a batch, of all processes.
+    local: see `train_batches`.
   """
   n = len(next(iter(arrays.values())))
+  local = np.arange(batch_size) if local is None else local
   for start in range(0, n, batch_size):
+    index = np.minimum(start + local, n - 1)
     count = min(batch_size, n - start)
-    index = np.minimum(np.arange(start, start + batch_size), n - 1)
     yield count, {name: x[index] for name, x in arrays.items()}
+
+
+def ahead(
+  items: Iterable[Any], prepare: Callable[[Any], Any], depth: int = 2
+) -> Iterator[Any]:
+  """Prepares items in a thread, some ahead of the one that is taken.
+
+  With `prepare` putting batches onto the devices, one is on its way there
+  while another is computed with.
+
+  Args:
+    items: in order.
+    prepare: of one of them.
+    depth: how many are being prepared, or are ready.
+  """
+  items = iter(items)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    task = lambda: [prepare(x) for x in itertools.islice(items, 1)]
+    waiting = collections.deque(pool.submit(task) for _ in range(depth))
+    try:
+      while found := waiting.popleft().result():
+        waiting.append(pool.submit(task))
+        yield found[0]
+    finally:
+      for future in waiting:
+        future.cancel()

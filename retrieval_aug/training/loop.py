@@ -1,30 +1,34 @@
 """The training loop, from top to bottom: state, restore, steps, save."""
 
 import contextlib
-import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common import distributed, files, manifest, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.training import (
-  augment,
-  images,
-  input_pipeline,
-  optimizer,
+  feed,
+  guard,
+  metrics,
+  profiler,
   sharding,
+  speed,
   start,
 )
-from retrieval_aug.training import loss as losses
+from retrieval_aug.training import predict as predictions
 from retrieval_aug.training import step as steps
+from retrieval_aug.training.books import Books
 from retrieval_aug.training.checkpoint import Checkpoints
+from retrieval_aug.training.compiled import Compiled, of_seed
 from retrieval_aug.training.finetune import FineTuning
+from retrieval_aug.training.settings import Layout, Telling, TrainSettings
 
 # Losses are fetched from the device in groups: fetching each would make the
 # host wait for every step.
@@ -33,59 +37,15 @@ _FETCH_EVERY = 50
 # fetched.
 _FETCH_EVERY_OF_IMAGES = 4
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """How to train; see `config.py` for what each means."""
-
-  epochs: float
-  batch_size: int
-  learning_rate: float
-  weight_decay: float
-  warmup_epochs: float
-  label_smoothing: float
-  tau: float
-  gradient_clip: float
-  checkpoint_epochs: float
-  lr_factors: tuple[tuple[str, float], ...] = ()
-  loss: str = "lace"
-  post_hoc_tau: float = 0.0
-  ldam_margin: float = 0.5
-  ldam_scale: float = 30.0
-  focal_gamma: float = 2.0
-  reweighting: str = "none"
-  reweight_beta: float = 0.9999
-  reweight_epoch: float = 0.0
-  mixup: float = 0.0
-  finetune: bool = False
-  augment: str = "none"
-  encoder_batch: int = 0
-  keep_start: float = 0.0
-
-  def steps(self, epochs: float, examples: int) -> int:
-    """Steps in a number of epochs, rounded, at least 1."""
-    return max(1, round(epochs * examples / self.batch_size))
-
-  def make_loss(self, class_counts: np.ndarray) -> losses.Loss:
-    """The loss for a training split with [C] examples a class."""
-    per_epoch = class_counts.sum() / self.batch_size
-    return losses.make_loss(
-      self.loss,
-      class_counts,
-      label_smoothing=self.label_smoothing,
-      tau=self.tau,
-      post_hoc_tau=self.post_hoc_tau,
-      max_margin=self.ldam_margin,
-      scale=self.ldam_scale,
-      gamma=self.focal_gamma,
-      reweighting=self.reweighting,
-      beta=self.reweight_beta,
-      reweight_from=round(self.reweight_epoch * per_epoch),
-    )
+COLUMNS = ("loss", "grad_norm", "learning_rate", "val_top1")
 
 
 class Trainer:
-  """A model with its compiled steps, trained once a seed."""
+  """A model with its compiled steps, trained once a seed.
+
+  Several seeds may train together: every array of the state, of a batch and of
+  the metrics then has an axis of seeds in front, and one step does them all.
+  """
 
   def __init__(
     self,
@@ -95,8 +55,13 @@ class Trainer:
     train: dict[str, np.ndarray],
     class_counts: np.ndarray,
     finetuning: FineTuning | None = None,
+    *,
+    val: dict[str, np.ndarray] | None = None,
+    ids: Sequence[str] | None = None,
+    layout: Layout = Layout(),
+    telling: Telling = Telling(),
   ):
-    """Prepares training; nothing is computed yet.
+    """Prepares training; only the working set is moved to where it belongs.
 
     Args:
       model: called with (query, keys, values, mask).
@@ -105,6 +70,10 @@ class Trainer:
       train: query [N, d], rows int32 [N, k], label int32 [N].
       class_counts: training examples a class, [C].
       finetuning: the encoder and its images, if `settings.finetune`.
+      val: as `train`, for `settings.eval_epochs`.
+      ids: [N] names of the training examples, for messages.
+      layout: where arrays lie.
+      telling: what is told beside the metrics files.
 
     Raises:
       UserError: settings that make no sense.
@@ -114,68 +83,51 @@ class Trainer:
         "train.finetune=True, but there are no images here, only stored "
         "queries; set it to False."
       )
-    self.mesh = sharding.mesh()
+    self.mesh = sharding.mesh(layout.model)
+    size = settings.batch_size
     sharding.check_batch_size(
-      "train.batch_size", settings.batch_size, self.mesh
+      "train.batch_size", size, self.mesh, settings.accumulate
     )
-    self.model = model
     self.settings = settings
-    self.memory = sharding.replicate(memory, self.mesh)
-    self._train = train
+    self._model, self._telling, self._val = model, telling, val
     n = len(train["label"])
     self.total_steps = settings.steps(settings.epochs, n)
     self.checkpoint_steps = settings.steps(settings.checkpoint_epochs, n)
-    self._optimizer = optimizer.make(
-      learning_rate=settings.learning_rate,
-      weight_decay=settings.weight_decay,
-      total_steps=self.total_steps,
-      warmup_steps=settings.steps(settings.warmup_epochs, n),
-      gradient_clip=settings.gradient_clip,
-      lr_factors=settings.lr_factors,
+    self._eval_steps = 0
+    if settings.eval_epochs > 0:
+      self._eval_steps = settings.steps(settings.eval_epochs, n)
+    self.placed = predictions.place(model, memory, train, self.mesh, layout)
+    tuned = finetuning if settings.finetune else None
+    self._finetunes = tuned is not None
+    self._query = tuned.query(settings.encoder_batch) if tuned else None
+    self._feed = feed.Feed(
+      train,
+      np.arange(n) if ids is None else ids,
+      self.placed,
+      self.mesh,
+      size,
+      settings.augment,
+      tuned,
     )
-    self._finetuning = finetuning if settings.finetune else None
-    query = None
-    if self._finetuning is not None:
-      query = self._finetuning.query(settings.encoder_batch)
-      self._augment = augment.make(settings.augment)
-    self._step = steps.make_train_step(
+    self.compiled = Compiled(
       model,
-      self._optimizer,
+      settings,
       settings.make_loss(class_counts),
-      settings.mixup,
-      query,
-      lambda params: optimizer.frozen(params, settings.lr_factors),
+      memory,
+      (train["query"].shape[1], train["rows"].shape[1]),
+      self.placed,
+      self.mesh,
+      sharding.parse_rules(layout.sharding),
+      (self.total_steps, settings.steps(settings.warmup_epochs, n)),
+      self._query,
+      tuned.encoder.params if tuned else None,
     )
 
-  def init(self, seed: int) -> steps.State:
-    """The state before the first step."""
-    tuned = self._finetuning
-    state = steps.init(
-      self.model,
-      self._optimizer,
-      self.memory,
-      {n: x[: self.mesh.size] for n, x in self._train.items()},
-      seed,
-      None if tuned is None else tuned.encoder.params,
+  def traced(self, together: int = 1) -> jax.stages.Traced:
+    """The step, to look at; compiled, it is not compiled again to train."""
+    return self.compiled.traced(
+      self.placed.memory, self._feed.example(), together
     )
-    return sharding.replicate(state, self.mesh)
-
-  def activations(self) -> int:
-    """Bytes that a step needs beside its arguments, as XLA counts them.
-
-    Compiles the step, which is not done again when the training begins.
-    """
-    placed = lambda tree, at: jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
-    )
-    everywhere = sharding.everywhere(self.mesh)
-    step = self._step.lower(
-      placed(jax.eval_shape(self.init, 0), everywhere),
-      self.memory,
-      placed(next(self._batches(0, 0, 1)), sharding.by_example(self.mesh)),
-      placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
-    )
-    return step.compile().memory_analysis().temp_size_in_bytes
 
   def run(
     self,
@@ -188,159 +140,228 @@ class Trainer:
 
     Args:
       seed: of parameters, order and dropout.
-      folder: for checkpoints and `metrics.jsonl`; None keeps nothing.
+      folder: for checkpoints and metrics; None keeps nothing.
       what: label of the progress bar.
       begin: the run whose parameters are those of the first step.
 
     Returns:
-      The parameters after the last step, or between them and the first, if
-      `settings.keep_start`.
+      The parameters to keep, as arrays of the host: those after the last step
+      or of the best evaluation, of the moving average if there is one; between
+      them and the first, if `settings.keep_start`.
 
     Raises:
       UserError: the loss stops being finite; a checkpoint is unreadable; the
         parameters to begin with are of another model.
+      distributed.Preempted: SIGTERM came, and all was saved.
     """
-    state = self.init(seed)
+    state = self.compiled.init(seed)
+    kept, first = self.settings.keep_start, None
+    if begin is not None or kept:
+      first = sharding.fetch(state.params)
     if begin is not None:
-      # What the optimizer holds is zero at first, whatever the parameters are.
-      params = start.params(begin, state.params)
-      state = state._replace(params=sharding.replicate(params, self.mesh))
-    kept = self.settings.keep_start
-    # Copies: steps overwrite the state.
-    first_params = jax.tree.map(np.array, state.params) if kept else None
-    if folder is None:
-      state = self._steps(state, 0, seed, what, None, None)
-    else:
-      with Checkpoints(folder / "checkpoints") as checkpoints:
-        first, state = checkpoints.restore(state)
-        log = _Log(folder / "metrics.jsonl", first)
-        state = self._steps(state, first, seed, what, checkpoints, log)
-    if kept:
-      return start.between(state.params, first_params, kept)
-    return state.params
+      first = start.params(begin, first)
+      state = self.compiled.begin_with(state, first)
+    state = self._run(state, [seed], [folder], folder, what)
+    params = sharding.fetch(_to_keep(state))
+    return start.between(params, first, kept) if kept else params
 
-  def _steps(self, state, first, seed, what, checkpoints, log):
-    key = sharding.replicate(jax.random.key(seed), self.mesh)
-    batches = self._batches(seed, first, self.total_steps)
-    every = _FETCH_EVERY if self._finetuning is None else _FETCH_EVERY_OF_IMAGES
-    fetched = []
-    bar = progress.bar(total=self.total_steps, what=what, unit="step")
-    with bar:
-      bar.update(first)
-      for number, batch in enumerate(batches, start=first + 1):
-        batch = sharding.split_batch(batch, self.mesh)
-        state, loss = self._step(state, self.memory, batch, key)
-        fetched.append((number, loss))
-        last = number == self.total_steps
-        save = last or number % self.checkpoint_steps == 0
-        if save or len(fetched) == every:
-          values = _fetch(fetched, what)
-          bar.set_postfix_str(f"loss {values[-1][1]:.4f}", refresh=False)
-          bar.update(len(values))
-          fetched = []
-          if log is not None:
-            log.write(values)
-        if save and checkpoints is not None:
-          checkpoints.save(number, state)
-    return state
+  def run_together(
+    self,
+    seeds: Sequence[int],
+    folders: Sequence[pathlib.Path | None],
+    shared: pathlib.Path | None = None,
+    what: str = "train",
+  ) -> list[Any]:
+    """Trains several seeds in one compiled step, on one device.
 
-  def _batches(
-    self, seed: int, first: int, last: int
-  ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the steps first..last-1."""
-    which = {
-      "batch_size": self.settings.batch_size,
-      "seed": seed,
-      "first_step": first,
-      "last_step": last,
-    }
-    if self._finetuning is None:
-      return input_pipeline.train_batches(self._train, **which)
-    stored = {n: x for n, x in self._train.items() if n != "query"}
-    return images.train_batches(
-      stored, self._finetuning.images["train"], self._augment, **which
+    Args:
+      seeds: as of `run`, whose results these are but for rounding.
+      folders: of the metrics of each.
+      shared: for checkpoints of them all; None keeps nothing.
+      what: label of the progress bar.
+
+    Returns:
+      The parameters of each seed, as `run` returns them.
+    """
+    state = self.compiled.init_together(seeds)
+    state = self._run(state, seeds, folders, shared, what)
+    params = sharding.fetch(_to_keep(state))
+    return [of_seed(params, i) for i in range(len(seeds))]
+
+  def can_train_together(self) -> bool:
+    """Whether `run_together` can do what the settings ask for."""
+    s = self.settings
+    return (
+      self.mesh.size == 1
+      and not self._finetunes
+      and self.placed.kind == "replicated"
+      and s.keep == "last"
+      and not s.keep_start
     )
 
+  def _run(self, state, seeds, folders, shared, what) -> steps.State:
+    """All steps of some seeds, from the latest checkpoint in `shared`."""
+    with contextlib.ExitStack() as stack:
+      checkpoints, first, logs = None, 0, []
+      if shared is not None:
+        checkpoints = stack.enter_context(Checkpoints(shared / "checkpoints"))
+        first, state = checkpoints.restore(state)
+        if distributed.is_first():
+          logs = [
+            stack.enter_context(self._log(folder, first, f"{what} {seed}"))
+            for seed, folder in zip(seeds, folders)
+          ]
+      books = Books(seeds, folders, shared, what, checkpoints, logs)
+      state = self._steps(state, first, books)
+      if checkpoints is not None and self.settings.keep == "best":
+        _, state = checkpoints.restore(state, best=True)
+    return state
 
-def _fetch(fetched, what: str) -> list[tuple[int, float]]:
-  values = [(number, float(loss)) for number, loss in fetched]
-  for number, value in values:
-    if not np.isfinite(value):
-      raise UserError(
-        f"{what}: the loss is {value} at step {number}; lower "
-        "train.learning_rate. The last good checkpoint is kept."
-      )
-  return values
+  def _log(self, folder: pathlib.Path, first: int, name: str) -> metrics.Log:
+    return metrics.Log(
+      folder,
+      first,
+      COLUMNS,
+      name=name,
+      tensorboard=self._telling.tensorboard,
+      wandb=self._telling.wandb,
+    )
+
+  def _steps(self, state: steps.State, first: int, books: Books) -> steps.State:
+    total, together = self.total_steps, len(books.seeds)
+    step = self.compiled.step
+    if together > 1:
+      step = self.compiled.steps_together
+    # At most so many steps are under way that nobody has looked at.
+    every = _FETCH_EVERY_OF_IMAGES if self._finetunes else _FETCH_EVERY
+    meter = speed.Meter(self.settings.batch_size * together)
+    pending = []
+    with contextlib.ExitStack() as stack:
+      batches = self._feed.ahead(books.seeds, first, total)
+      stack.enter_context(contextlib.closing(batches))
+      bar = stack.enter_context(self._bar(first, books.what))
+      preemption = stack.enter_context(distributed.Preemption())
+      trace = stack.enter_context(contextlib.closing(self._trace(books)))
+      for number in range(first + 1, total + 1):
+        with meter.waiting():
+          batch = next(batches)
+        trace.step(number, state)
+        done = np.int32(number - 1)
+        state, told = step(state, self.placed.memory, batch, done)
+        meter.step()
+        pending.append((number, told))
+        last, stop = number == total, preemption.reached(number)
+        look = self._eval_steps and (last or number % self._eval_steps == 0)
+        save = last or stop or look or number % self.checkpoint_steps == 0
+        if save or len(pending) == every:
+          rows = self._rows(pending, state, books)
+          pending = []
+          books.show(bar, rows[0], meter.rates())
+          with meter.paused():
+            top = self._look(state, rows) if look else None
+            books.write(rows)
+            if save:
+              books.save(number, state, top)
+        if stop and not last:
+          raise books.preempted(number, total)
+    if books.logs and total > first:
+      self._summarize(meter, books)
+    return state
+
+  def _bar(self, first: int, what: str) -> Any:
+    bar = progress.bar(
+      total=self.total_steps,
+      what=what,
+      unit="step",
+      shown=distributed.is_first(),
+    )
+    bar.update(first)
+    return bar
+
+  def _trace(self, books: Books) -> profiler.Profiler:
+    window = self._telling.profile if books.logs else ""
+    return profiler.Profiler(
+      window, (books.shared or pathlib.Path()) / "profile"
+    )
+
+  def _rows(self, pending, state, books: Books) -> list[list[dict]]:
+    """Rows of the metrics of each seed; raises if a step was not done."""
+    numbers, told = zip(*pending)
+    told = jax.device_get(told)
+    rows = []
+    for i, seed in enumerate(books.seeds):
+      own = told if len(books.seeds) == 1 else [of_seed(x, i) for x in told]
+      rows.append([])
+      for number, x in zip(numbers, own):
+        if not x.ok:
+          kept = state if len(books.seeds) == 1 else of_seed(state, i)
+          self._explain(number, kept, seed, books)
+        rows[-1].append(
+          {
+            "step": number,
+            "loss": float(x.loss),
+            "grad_norm": float(x.grad_norm),
+            "learning_rate": float(self._rates[number - 1]),
+          }
+        )
+    return rows
+
+  @functools.cached_property
+  def _rates(self) -> np.ndarray:
+    """The learning rate of every step."""
+    done = jnp.arange(self.total_steps)
+    return np.asarray(jax.vmap(self.compiled.schedule)(done))
+
+  def _explain(self, number: int, state, seed: int, books: Books) -> None:
+    """Raises the `UserError` of a step that was not done."""
+    batch, ids = self._feed.looked_up(seed, number - 1)
+    guard.stop(
+      self.compiled.loss(),
+      self.compiled.frozen,
+      sharding.fetch(state),
+      batch,
+      step=number,
+      ids=ids,
+      what=books.what,
+      folder=books.shared,
+    )
+
+  def _look(self, state: steps.State, rows: list[list[dict]]) -> float:
+    """Adds the accuracy on val to the last row of each seed.
+
+    Returns:
+      The mean over seeds, in percent.
+    """
+    tops = []
+    for i, own in enumerate(rows):
+      params = _to_keep(state)
+      if len(rows) > 1:
+        params = of_seed(params, i)
+      logits, _ = self._predictor(params, self._val, self.settings.batch_size)
+      right = logits.argmax(axis=1) == self._val["label"]
+      own[-1]["val_top1"] = 100 * float(right.mean())
+      tops.append(own[-1]["val_top1"])
+    return sum(tops) / len(tops)
+
+  @functools.cached_property
+  def _predictor(self) -> predictions.Predictor:
+    return predictions.Predictor(
+      self._model, self.placed, self.mesh, self._query
+    )
+
+  def _summarize(self, meter: speed.Meter, books: Books) -> None:
+    together = len(books.seeds)
+    traced = self.traced(together)
+    size = self.settings.batch_size * together
+    compiled = traced.lower().compile()  # which is there already
+    costs = speed.costs(compiled, size, self.mesh.size, traced)
+    devices = list(self.mesh.devices.flat)
+    found = speed.summary(costs, meter.total(), devices)
+    found["placement"] = self.placed.why
+    for folder in books.folders:
+      files.write_json(folder / "summary.json", found)
+    progress.note(f"{books.what}: {speed.describe(found)}")
 
 
-class _Log:
-  """`metrics.jsonl`: one line a step, none lost and none doubled."""
-
-  def __init__(self, path: pathlib.Path, first: int):
-    self._path = path
-    kept = []
-    if path.exists():
-      # Lines after the restored step will come again; a killed writer may
-      # have left half a line.
-      for line in path.read_text().splitlines():
-        try:
-          if json.loads(line)["step"] <= first:
-            kept.append(line)
-        except ValueError:
-          break
-    files.write_bytes(path, "".join(f"{x}\n" for x in kept).encode())
-
-  def write(self, values: list[tuple[int, float]]) -> None:
-    with open(self._path, "a") as f:
-      for number, loss in values:
-        f.write(json.dumps({"step": number, "loss": loss}) + "\n")
-
-
-def predict(
-  model: nn.Module,
-  params: Any,
-  memory: steps.Memory,
-  arrays: dict[str, np.ndarray],
-  batch_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """As `predict_with`, for a model whose step is used once."""
-  step = steps.make_predict_step(model)
-  return predict_with(step, params, memory, arrays, batch_size)
-
-
-def predict_with(
-  step: Callable[..., tuple[jax.Array, jax.Array]],
-  params: Any,
-  memory: steps.Memory,
-  arrays: dict[str, Any],
-  batch_size: int,
-  what: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Predicts examples in order.
-
-  Args:
-    step: from `step.make_predict_step`; compiles once for all calls.
-    params: that it takes.
-    memory: the working set.
-    arrays: rows int32 [N, k], and query [N, d] or the prepared images.
-    batch_size: examples a step.
-    what: label of a progress bar; None for none.
-
-  Returns:
-    Logits float32 [N, C] and attention weights float32 [N, L, k].
-  """
-  mesh = sharding.mesh()
-  sharding.check_batch_size("evaluate.batch_size", batch_size, mesh)
-  params, memory = sharding.replicate((params, memory), mesh)
-  logits, weights = [], []
-  bar = contextlib.nullcontext()
-  if what is not None:
-    bar = progress.bar(total=len(arrays["rows"]), what=what, unit="example")
-  with bar:
-    for count, batch in input_pipeline.eval_batches(arrays, batch_size):
-      out = step(params, memory, sharding.split_batch(batch, mesh))
-      logits.append(np.asarray(out[0])[:count])
-      weights.append(np.asarray(out[1])[:count])
-      if what is not None:
-        bar.update(count)
-  return np.concatenate(logits), np.concatenate(weights)
+def _to_keep(state: steps.State) -> Any:
+  return state.params if state.ema is None else state.ema

@@ -1,128 +1,32 @@
-"""The train and evaluate stages: one folder a run of a model with a seed."""
+"""The train stage: one folder a run of a model with a seed."""
 
+import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 from retrieval_aug import models
-from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common import distributed, files, manifest, progress
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.evaluation import accuracy
-from retrieval_aug.memory import neighbors, rac
-from retrieval_aug.memory.table import Table
-from retrieval_aug.memory.working_set import WorkingSet
-from retrieval_aug.training import (
-  augment,
-  finetune,
-  input_pipeline,
-  loop,
-  start,
-  step,
-)
-from retrieval_aug.training import loss as losses
+from retrieval_aug.training import augment, finetune, loop, start
 from retrieval_aug.training.checkpoint import load_params, save_params
+from retrieval_aug.training.data import Data
+from retrieval_aug.training.settings import Layout, Telling, TrainSettings
 
-EVAL_SPLITS = ("val", "test")
-TOP_KS = (1, 5)
-
-
-class Data(NamedTuple):
-  """What every run of an experiment shares.
-
-  Attributes:
-    examples: split -> examples with their neighbours.
-    memory: the working set.
-    rows: split -> int32 [N, k], working-set rows of the neighbours.
-    class_counts: int64 [C], training examples a class.
-    source_names: name of each source of the memory.
-    fingerprint: of the neighbours and values behind all this.
-  """
-
-  examples: dict[str, input_pipeline.Examples]
-  memory: step.Memory
-  rows: dict[str, np.ndarray]
-  class_counts: np.ndarray
-  source_names: list[str]
-  fingerprint: str
-
-  def arrays(self, split: str, k: int) -> dict[str, np.ndarray]:
-    """query [N, d], rows [N, k] and label [N] of one split."""
-    examples = self.examples[split]
-    return {
-      "query": examples.queries,
-      "rows": self.rows[split][:, :k],
-      "label": examples.labels,
-    }
-
-
-def read_examples(
-  artifact: manifest.Artifact, queries: Table
-) -> dict[str, input_pipeline.Examples]:
-  """Joins every split of the query table with its neighbours."""
-  info = artifact.info()
-  columns = [queries.column(n) for n in ("id", "label", "split")]
-  out = {}
-  for split in neighbors.SPLITS:
-    chosen = [(i, label) for i, label, s in zip(*columns) if s == split]
-    out[split] = input_pipeline.read(
-      neighbors.shard_paths(artifact, split),
-      [i for i, _ in chosen],
-      [label for _, label in chosen],
-      info["dims"],
-      info["k"],
-    )
-  return out
-
-
-def load_data(
-  examples: dict[str, input_pipeline.Examples],
-  working_set: WorkingSet,
-  fingerprint: str,
-) -> Data:
-  """Brings examples and working set into the form that runs use."""
-  labels = np.concatenate([e.labels for e in examples.values()])
-  values = tuple(x.astype(np.float32) for x in working_set.values.values())
-  return Data(
-    examples=examples,
-    memory=step.Memory(
-      working_set.keys.astype(np.float32),
-      values[0] if len(values) == 1 else values,
-      working_set.sources,
-      working_set.labels,
-    ),
-    rows={s: working_set.renumber(e.neighbors) for s, e in examples.items()},
-    class_counts=losses.class_counts(
-      examples["train"].labels, int(labels.max()) + 1
-    ),
-    source_names=working_set.source_names,
-    fingerprint=fingerprint,
-  )
-
-
-def joined_data(data: Data, joined: manifest.Artifact) -> Data:
-  """What RAC sees: each example has one neighbour, its joined text.
-
-  Args:
-    data: what the others see.
-    joined: from `rac.joined_artifact`.
-  """
-  values, rows, first = [], {}, 0
-  for split in data.examples:
-    embedded, has_text = rac.load_joined(joined, split)
-    values.append(embedded.astype(np.float32))
-    own = np.arange(first, first + len(embedded), dtype=np.int32)
-    rows[split] = np.where(has_text, own, -1)[:, None]
-    first += len(embedded)
-  return data._replace(
-    memory=step.Memory(None, np.concatenate(values)),
-    rows=rows,
-    fingerprint=joined.fingerprint,
-  )
+# Settings that were not there from the beginning, with what was done then:
+# runs that were made before stay valid.
+_ADDED = {
+  "accumulate": 1,
+  "ema": 0.0,
+  "remat": False,
+  "eval_epochs": 0.0,
+  "keep": "last",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +43,7 @@ class Run:
     finetuned: a JSON value that names the encoder and the images, of a run
       that fine-tunes; else None.
     start: the run whose parameters it begins with, if any.
+    memory_dtype: of the working set.
   """
 
   model_name: str
@@ -149,6 +54,7 @@ class Run:
   data_fingerprint: str
   finetuned: dict[str, Any] | None = None
   start: manifest.Artifact | None = None
+  memory_dtype: str = "float16"
 
   @property
   def finetunes(self) -> bool:
@@ -158,7 +64,10 @@ class Run:
   def artifact(self) -> manifest.Artifact:
     # How often checkpoints are written and how many seeds there are do not
     # change what a run computes.
-    indifferent = ["checkpoint_epochs", "seeds", "start_from"]
+    indifferent = ["checkpoint_epochs", "seeds", "start_from", "seeds_at_once"]
+    indifferent += [n for n, x in _ADDED.items() if self.train.get(n) == x]
+    if self.train.get("keep", "last") == "last":
+      indifferent.append("eval_epochs")  # which only looks on
     inputs = {
       "data": self.data_fingerprint,
       "model": {"name": self.model_name, **self.options},
@@ -172,6 +81,8 @@ class Run:
       # What a frozen encoder has no use for. Runs that were made before there
       # were these settings stay valid.
       indifferent += ["finetune", "augment", "encoder_batch"]
+    if self.memory_dtype == "bfloat16":  # the others lose nothing
+      inputs["memory_dtype"] = self.memory_dtype
     if self.start is not None:
       # The run, wherever its folder lies.
       inputs["start"] = self.start.fingerprint
@@ -218,63 +129,139 @@ def build(run: Run, data: Data) -> nn.Module:
 
 
 def train(
-  runs: list[Run], data: Data, finetuning: finetune.FineTuning | None = None
+  runs: list[Run],
+  data: Data,
+  finetuning: finetune.FineTuning | None = None,
+  *,
+  seeds_at_once: int = 1,
+  layout: Layout = Layout(),
+  telling: Telling = Telling(),
 ) -> None:
-  """Trains the unfinished among the seeds of one model, in turn.
+  """Trains the unfinished among the seeds of one model.
 
   Args:
     runs: equal but for seed and folder.
     data: shared by all.
     finetuning: for runs that fine-tune.
+    seeds_at_once: how many train in one compiled step, where that can be.
+    layout: where arrays lie.
+    telling: what is told beside the metrics files.
   """
+  label = f"train {runs[0].model_name}"
+  for run in runs:
+    distributed.agree(run.artifact.fingerprint, f"the settings of {run.label}")
+  # What one process finishes in between is finished for all or for none.
   todo = [run for run in runs if not run.artifact.is_complete()]
+  distributed.barrier(label)
   if not todo:
     return
-  settings = dict(todo[0].train)
+  trainer = _trainer(todo[0], data, finetuning, layout, telling)
+  if not trainer.compiled.shapes.params:
+    trainer.total_steps = 0
+  together = max(1, seeds_at_once)
+  if together > 1 and not trainer.can_train_together():
+    progress.note(
+      f"{label}: one seed after the other, whatever train.seeds_at_once says: "
+      "together they train on one device, on stored queries, with the working "
+      "set on it and train.keep=last"
+    )
+    together = 1
+  _note(todo, trainer, data, together)
+  for i in range(0, len(todo), together):
+    _train(trainer, todo[i : i + together])
+
+
+def _trainer(run: Run, data: Data, finetuning, layout, telling) -> loop.Trainer:
+  """What trains a run and those that are equal but for the seed."""
+  settings = dict(run.train)
   k = settings.pop("k")
-  settings.pop("seeds")
-  settings.pop("start_from", None)
+  for name in ("seeds", "start_from", "seeds_at_once"):
+    settings.pop(name, None)
+  settings = TrainSettings(**settings)
   available = data.examples["train"].neighbors.shape[1]
   if not 1 <= k <= available:
     raise UserError(
       f"config.train.k={k}: the neighbour shards hold {available}; choose 1 to "
       f"{available}, or search again with a larger config.search.k."
     )
-  trainer = loop.Trainer(
-    build(todo[0], data),
-    loop.TrainSettings(**settings),
+  val = None
+  if settings.eval_epochs > 0:
+    val = data.arrays("val", k)
+    if settings.finetune:
+      val = {**val, "images": finetuning.images["val"]}
+      del val["query"]
+  return loop.Trainer(
+    build(run, data),
+    settings,
     data.memory,
     data.arrays("train", k),
     data.class_counts,
     finetuning,
+    val=val,
+    ids=data.examples["train"].ids,
+    layout=layout,
+    telling=telling,
   )
-  shapes = jax.eval_shape(trainer.init, 0)
-  if not shapes.params:
-    trainer.total_steps = 0
-  _note(todo, trainer, shapes, data)
-  for run in todo:
-    artifact = run.artifact
-    with files.lock(run.folder):
-      artifact.start()
-      params = trainer.run(
-        run.seed, run.folder, f"train {run.label}", run.start
-      )
-      save_params(run.folder / start.PARAMS, params)
-      artifact.record("params", [start.PARAMS])
-      artifact.finish(["params"])
+
+
+def _train(trainer: loop.Trainer, runs: list[Run]) -> None:
+  """Trains one run, or several together."""
+  first = distributed.is_first()
+  with contextlib.ExitStack() as stack:
+    if first:
+      for run in runs:
+        stack.enter_context(files.lock(run.folder))
+        run.artifact.start()
+    if len(runs) == 1:
+      (run,) = runs
+      what = f"train {run.label}"
+      params = [trainer.run(run.seed, run.folder, what, run.start)]
+    else:
+      params = _train_together(trainer, runs, stack)
+    if first:
+      for run, own in zip(runs, params):
+        save_params(run.folder / start.PARAMS, own)
+        run.artifact.record("params", [start.PARAMS])
+        run.artifact.finish(["params"])
+  distributed.barrier(f"train {runs[0].label}")
+
+
+def _train_together(trainer, runs: list[Run], stack) -> list[Any]:
+  seeds = [run.seed for run in runs]
+  name = f"seeds_{seeds[0]}_to_{seeds[-1]}"
+  shared = runs[0].folder.parent / name
+  stack.enter_context(files.lock(shared))
+  # Checkpoints of all of them, named by what they are of.
+  artifact = manifest.Artifact(
+    shared, "runs together", {r.label: r.artifact.fingerprint for r in runs}
+  )
+  artifact.is_complete()  # refuses what is of other runs
+  artifact.start()
+  params = trainer.run_together(
+    seeds,
+    [run.folder for run in runs],
+    shared,
+    f"train {runs[0].model_name} {name}",
+  )
+  stack.callback(shutil.rmtree, shared)
+  return params
 
 
 def _note(
-  todo: list[Run], trainer: loop.Trainer, shapes: step.State, data: Data
+  todo: list[Run], trainer: loop.Trainer, data: Data, together: int
 ) -> None:
   """Says how much there is to do, and what it will take."""
-  name = todo[0].model_name
+  if not distributed.is_first():
+    return
+  name, shapes = todo[0].model_name, trainer.compiled.shapes
   # Three copies of the parameters (Adam's two moments), working set once.
   state = _bytes(shapes)
+  at_once = f", {together} at once" if together > 1 else ""
   progress.note(
-    f"train {name}: {len(todo)} runs of {trainer.total_steps:,} steps, about "
-    f"{state / 1e6:,.1f} MB of state and {_bytes(data.memory) / 1e6:,.0f} MB "
-    f"of working set in memory, {len(todo) * state / 1e6:,.1f} MB on disk"
+    f"train {name}: {len(todo)} runs of {trainer.total_steps:,} steps{at_once}"
+    f", about {together * state / 1e6:,.1f} MB of state in memory, "
+    f"{len(todo) * state / 1e6:,.1f} MB on disk; working set: "
+    f"{trainer.placed.why}"
   )
   if todo[0].finetunes:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
@@ -282,34 +269,18 @@ def _note(
       f"train {name}: {count(shapes.params):,} parameters, of them "
       f"{count(shapes.params['encoder']):,} of the encoder; compiling the step"
     )
+    needs = (
+      trainer.traced().lower().compile().memory_analysis().temp_size_in_bytes
+    )
     progress.note(
       f"train {name}: a step of {trainer.settings.batch_size} images needs "
-      f"{trainer.activations() / 1e6:,.0f} MB beside that (a smaller "
-      "train.encoder_batch needs less)"
+      f"{needs / 1e6:,.0f} MB beside that (a smaller train.encoder_batch needs "
+      "less)"
     )
 
 
 def _bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def evaluation_artifact(
-  run: Run, shot_groups: str, data_fingerprint: str
-) -> manifest.Artifact:
-  """Predictions and metrics of a run.
-
-  Args:
-    run: trained.
-    shot_groups: see `accuracy.shot_groups`.
-    data_fingerprint: of the data that it predicts from; another than it was
-      trained on where the memory was edited since.
-  """
-  inputs = {"run": run.artifact.fingerprint, "shot_groups": shot_groups}
-  name = "evaluation"
-  if data_fingerprint != run.data_fingerprint:
-    inputs["data"] = data_fingerprint
-    name = f"evaluation_{data_fingerprint[:8]}"
-  return manifest.Artifact(run.folder / name, "evaluation", inputs)
 
 
 def trained_on(run: Run, data_fingerprints: Sequence[str]) -> Run:
@@ -341,100 +312,3 @@ def check_trained(runs: list[Run]) -> None:
   for run in runs:
     if not run.artifact.is_complete():
       raise UserError(f"{run.folder}: not trained yet; run --stages=train.")
-
-
-def evaluate(
-  runs: list[Run],
-  data: Data,
-  finetuning: finetune.FineTuning | None = None,
-  *,
-  batch_size: int,
-  shot_groups: str,
-) -> None:
-  """Predicts val and test with the unevaluated among the runs of one model.
-
-  Writes `predictions-<split>.npz` (example ids, logits, attention weights)
-  and puts the metrics into the manifest.
-
-  Args:
-    runs: equal but for seed and folder, trained.
-    data: shared by all.
-    finetuning: for runs that fine-tune; its images are seen as `prepare` of
-      the encoder makes them.
-    batch_size: examples a step.
-    shot_groups: see `accuracy.shot_groups`.
-  """
-  groups = accuracy.shot_groups(data.class_counts, shot_groups)
-  artifacts = {
-    r.seed: evaluation_artifact(r, shot_groups, data.fingerprint) for r in runs
-  }
-  todo = [run for run in runs if not artifacts[run.seed].is_complete()]
-  if not todo:
-    return
-  check_trained(todo)
-  query = None
-  if todo[0].finetunes:
-    query = finetuning.query(todo[0].train["encoder_batch"])
-  # One for all seeds and splits, so that it is compiled once.
-  predict = step.make_predict_step(build(todo[0], data), query)
-  for run in todo:
-    artifact = artifacts[run.seed]
-    progress.note(f"evaluate {run.label}")
-    with files.lock(artifact.folder):
-      artifact.start()
-      params = run.params()
-      if query is not None:
-        finetune.check_params(
-          params["encoder"], finetuning.encoder, run.artifact.remedy
-        )
-      metrics = {}
-      for split in EVAL_SPLITS:
-        arrays = data.arrays(split, run.train["k"])
-        what = None
-        if query is not None:
-          del arrays["query"]
-          arrays["images"] = finetuning.images[split]
-          what = f"evaluate {split}"
-        logits, attention = loop.predict_with(
-          predict, params, data.memory, arrays, batch_size, what
-        )
-        logits = _adjusted(logits, data.class_counts, run.train)
-        path = artifact.folder / f"predictions-{split}.npz"
-        with files.atomic_path(path) as temporary, open(temporary, "wb") as f:
-          np.savez(
-            f,
-            ids=np.asarray(data.examples[split].ids),
-            logits=logits,
-            attention=attention.astype(np.float16),
-          )
-        artifact.record(split, [path.name])
-        labels = data.examples[split].labels
-        metrics[split] = {
-          f"top{k}": accuracy.by_group(
-            accuracy.top_k_correct(logits, labels, k), labels, groups
-          )
-          for k in TOP_KS
-        }
-      artifact.finish(list(EVAL_SPLITS), {"metrics": metrics})
-
-
-def _adjusted(
-  logits: np.ndarray, class_counts: np.ndarray, train: dict[str, Any]
-) -> np.ndarray:
-  """Logits [N, C] after the post-hoc correction that the settings ask for."""
-  tau = train["post_hoc_tau"]
-  if not tau:
-    return logits
-  prior = losses.log_prior(class_counts)
-  return np.asarray(losses.post_hoc(logits, prior, tau))
-
-
-def read_predictions(
-  evaluation: manifest.Artifact, split: str
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-  """(example ids, logits [N, C], attention [N, L, k]), verified."""
-  evaluation.verify()
-  path = evaluation.folder / f"predictions-{split}.npz"
-  with np.load(path, allow_pickle=False) as data:
-    ids = [str(i) for i in data["ids"]]
-    return ids, data["logits"], data["attention"].astype(np.float32)

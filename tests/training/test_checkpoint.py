@@ -33,7 +33,8 @@ def collected():
 def _state(scale=1.0, width=7):
   params = {"head": {"kernel": scale * jnp.arange(3.0 * width).reshape(3, -1)}}
   moments = jax.tree.map(lambda x: x + 0.5, params)
-  return State(params, (moments, jnp.int32(2)), jnp.int32(5))
+  key = jnp.arange(2, dtype=jnp.uint32)
+  return State(params, (moments, jnp.int32(2)), jnp.int32(5), params, key)
 
 
 def _saved(folder, steps=(5,)):

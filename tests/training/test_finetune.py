@@ -20,8 +20,9 @@ from retrieval_aug import config, models
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory import key_transform
 from retrieval_aug.memory.table import Table
-from retrieval_aug.training import finetune, loop, optimizer, runs
+from retrieval_aug.training import evaluations, finetune, loop, optimizer, runs
 from retrieval_aug.training import step as steps
+from retrieval_aug.training.data import Data, read_examples
 from retrieval_aug.training.loss import make_loss
 from tests.training import tiny, tiny_images
 
@@ -71,7 +72,7 @@ def tuning(workdir):
 def _data(workdir):
   """What runs see: the memory's own values are random."""
   artifact = tiny_images.neighbors_artifact(workdir, workdir / "neighbors")
-  examples = runs.read_examples(artifact, Table(workdir / "queries"))
+  examples = read_examples(artifact, Table(workdir / "queries"))
   with np.load(workdir / "neighbors" / "key_transform.npz") as f:
     transform = key_transform.KeyTransform(f["mean"], f["matrix"])
   keys = transform(Table(workdir / "memory").keys())
@@ -83,7 +84,7 @@ def _data(workdir):
     np.zeros(count, np.int32),
     np.arange(count, dtype=np.int32) % tiny_images.CLASSES,
   )
-  return runs.Data(
+  return Data(
     examples,
     memory,
     {s: e.neighbors.astype(np.int32) for s, e in examples.items()},
@@ -152,6 +153,19 @@ def _losses(folder):
   return [x["loss"] for x in found]
 
 
+def _init(model, data, tuning):
+  """A state whose next step is the gradient."""
+  return steps.init(
+    model,
+    optax.sgd(1.0),
+    data.memory,
+    DIMS,
+    5,
+    0,
+    encoder_params=tuning.encoder.params,
+  )
+
+
 _TWO_DEVICES = """
 import pathlib, sys, jax
 from tests.training import test_finetune as t
@@ -171,7 +185,7 @@ class TestTheQuery:
     artifact = tiny_images.searched(workdir, tmp_path / "neighbors", kind)
     found = _load(workdir, ["test"], neighbors=artifact)
     queries = Table(workdir / "queries")
-    stored = runs.read_examples(artifact, queries)["test"].queries
+    stored = read_examples(artifact, queries)["test"].queries
     z = found.query(0)(found.encoder.params, found.images["test"][np.arange(7)])
     assert z.dtype == jnp.float32 and z.shape == stored.shape
     scale = np.abs(stored).max()
@@ -214,15 +228,13 @@ class TestFrozenLayers:
     model = _model("linear")
     loss = make_loss("lace", data.class_counts, tau=1.0, label_smoothing=0.1)
     arrays = data.arrays("val", 5)
-    state = steps.init(
-      model, optax.sgd(1.0), data.memory, arrays, 0, tuning.encoder.params
-    )
+    state = _init(model, data, tuning)
     batch = {n: arrays[n] for n in ("rows", "label")}
     batch["images"] = tuning.images["val"][np.arange(5)]
-    step = steps.make_train_step(
-      model, optax.sgd(1.0), loss, query=tuning.query(0), frozen=frozen
-    )
-    arguments = (state, data.memory, batch, jax.random.key(0))
+    loss_of = steps.make_loss(model, loss, query=tuning.query(0))
+    step = steps.make_train_step(loss_of, optax.sgd(1.0), frozen=frozen)
+    step = jax.jit(step, donate_argnums=0)
+    arguments = (state, data.memory, batch, np.int32(0))
     compiled = step.lower(*arguments).compile()
     before = jax.device_get(state.params)
     after = jax.device_get(compiled(*arguments)[0].params)
@@ -254,14 +266,13 @@ class TestTheGradient:
     loss = make_loss("lace", data.class_counts, tau=1.0, label_smoothing=0.1)
     sgd = optax.sgd(1.0)  # a step is the gradient
     arrays = data.arrays("val", 5)
-    state = steps.init(
-      model, sgd, data.memory, arrays, 0, tuning.encoder.params
-    )
+    state = _init(model, data, tuning)
     batch = {n: arrays[n] for n in ("rows", "label")}
     batch["images"] = tuning.images["val"][np.arange(5)]
     before = jax.device_get(state.params)
-    train_step = steps.make_train_step(model, sgd, loss, query=tuning.query(2))
-    state, value = train_step(state, data.memory, batch, jax.random.key(0))
+    loss_of = steps.make_loss(model, loss, query=tuning.query(2))
+    train_step = jax.jit(steps.make_train_step(loss_of, sgd))
+    state, told = train_step(state, data.memory, batch, np.int32(0))
     after = jax.device_get(state.params)
     gradient = jax.tree.map(lambda a, b: a - b, before, after)
 
@@ -279,7 +290,7 @@ class TestTheGradient:
       log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
       return -(wanted * log_p).sum(axis=1).mean()
 
-    assert float(value) == pytest.approx(by_numpy(before), rel=1e-4)
+    assert float(told.loss) == pytest.approx(by_numpy(before), rel=1e-4)
     rng = np.random.default_rng(1)
     for layer, name in (
       ("stem", "kernel"),
@@ -322,8 +333,10 @@ class TestARun:
     _assert_equal(
       jax.device_get(tuning.encoder.params), tiny_images.encoder().params
     )
-    np.testing.assert_array_equal(trainer.memory.keys, data.memory.keys)
-    np.testing.assert_array_equal(trainer.memory.values, data.memory.values)
+    held = trainer.placed.memory
+    half = lambda x: x.astype(np.float16)
+    np.testing.assert_array_equal(held.keys, half(data.memory.keys))
+    np.testing.assert_array_equal(held.values, half(data.memory.values))
     z = tuning.query(0)(tuning.encoder.params, tuning.images["val"][[0, 1]])
     stored = data.examples["val"].queries[:2]
     np.testing.assert_allclose(z, stored, atol=3e-3 * np.abs(stored).max())
@@ -336,7 +349,7 @@ class TestARun:
     self, whole, trainer, tmp_path, monkeypatch, calls
   ):
     """Before and after its checkpoint at step 5."""
-    step, done = trainer._step, []
+    step, done = trainer.compiled.step, []
 
     def stopping(*arguments):
       if len(done) == calls:
@@ -345,7 +358,7 @@ class TestARun:
       return step(*arguments)
 
     with monkeypatch.context() as patch:
-      patch.setattr(trainer, "_step", stopping)
+      patch.setattr(trainer.compiled, "step", stopping)
       with pytest.raises(KeyboardInterrupt):
         trainer.run(0, tmp_path)
     kept = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
@@ -376,7 +389,7 @@ class TestARun:
 
   def test_draws_another_augmentation_with_another_seed(self, data, tuning):
     batches = [
-      next(_trainer(data, tuning)._batches(seed, 0, 1)) for seed in (0, 1)
+      next(_trainer(data, tuning)._feed.batches(seed, 0, 1)) for seed in (0, 1)
     ]
     assert (batches[0]["images"] != batches[1]["images"]).any()
 
@@ -385,24 +398,24 @@ class TestARun:
   ):
     trainer = _trainer(data, tuning, _model("linear"), epochs=0.4)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-      assert trainer.activations() > 8 * tiny_images.HIDDEN * 4
+      needs = trainer.traced().lower().compile().memory_analysis()
+      assert needs.temp_size_in_bytes > 8 * tiny_images.HIDDEN * 4
       trainer.run(0)
     compiled = [r.getMessage() for r in caplog.records]
     assert sum("Compiling jit(train_step)" in x for x in compiled) == 1
 
-  def test_that_diverges_says_what_it_always_said(
-    self, trainer, tmp_path, monkeypatch
+  def test_that_is_not_finite_names_the_images_of_the_step(
+    self, data, tuning, tmp_path
   ):
-    step = trainer._step
-    monkeypatch.setattr(
-      trainer,
-      "_step",
-      lambda *a: (lambda s, loss: (s, loss * np.nan))(*step(*a)),
-    )
-    message = _refusal(lambda: trainer.run(0, tmp_path, "train mam seed 0"))
-    assert message == (
-      "train mam seed 0: the loss is nan at step 1; lower train.learning_rate. "
-      "The last good checkpoint is kept."
+    """The encoder's own parameters are not finite from the beginning."""
+    params = jax.tree.map(jnp.copy, tuning.encoder.params)
+    params["top"]["bias"] = params["top"]["bias"].at[2].set(jnp.nan)
+    encoder = dataclasses.replace(tuning.encoder, params=params)
+    broken = _trainer(data, tuning._replace(encoder=encoder))
+    message = _refusal(lambda: broken.run(0, tmp_path, "train mam seed 0"))
+    assert message.startswith(
+      "train mam seed 0: step 1 is not finite, first in the parameter "
+      "encoder/top/bias, float32 [11]: 1 number (nan)"
     )
 
 
@@ -492,7 +505,7 @@ def finished(tmp_path_factory, data, tuning):
   folder = tmp_path_factory.mktemp("runs")
   with jax.numpy_rank_promotion("raise"):
     runs.train(_runs(folder), data, tuning)
-    runs.evaluate(_runs(folder), data, tuning, **EVALUATE)
+    evaluations.evaluate(_runs(folder), data, tuning, **EVALUATE)
   return folder
 
 
@@ -511,8 +524,10 @@ class TestRuns:
   ):
     for run in _runs(finished):
       params = run.params()
-      evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
-      ids, logits, _ = runs.read_predictions(evaluation, "test")
+      evaluation = evaluations.evaluation_artifact(
+        run, "paper", run.data_fingerprint
+      )
+      ids, logits, _ = evaluations.read_predictions(evaluation, "test")
       assert ids == data.examples["test"].ids
       index = [int(i.removeprefix("item/")) for i in ids]
       pixels = tiny_images.encoder().prepare(
@@ -575,7 +590,9 @@ class TestRuns:
     shutil.copytree(run.folder, tmp_path / "seed_0")
     shutil.rmtree(tmp_path / "seed_0" / "evaluation")
     run = dataclasses.replace(run, folder=tmp_path / "seed_0")
-    message = _refusal(lambda: runs.evaluate([run], data, other, **EVALUATE))
+    message = _refusal(
+      lambda: evaluations.evaluate([run], data, other, **EVALUATE)
+    )
     assert "layers: (absent) -> [2, 3]" in message
     assert "stem/bias: [17] -> (absent)" in message
     assert f"delete {run.folder}" in message

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.training import loop
+from retrieval_aug.training import input_pipeline, predict
 from tests.training import tiny
 
 STEPS = 14  # 3 epochs of 37 examples in batches of 8
@@ -59,7 +59,7 @@ def stop_after(trainer, monkeypatch):
 
   @contextlib.contextmanager
   def stop(count):
-    step, done = trainer._step, []
+    step, done = trainer.compiled.step, []
 
     def counted(*arguments):
       if len(done) == count:
@@ -68,7 +68,7 @@ def stop_after(trainer, monkeypatch):
       return step(*arguments)
 
     with monkeypatch.context() as patch:
-      patch.setattr(trainer, "_step", counted)
+      patch.setattr(trainer.compiled, "step", counted)
       yield
 
   return stop
@@ -153,26 +153,51 @@ def test_half_a_line_and_lines_after_the_checkpoint_are_written_anew(
   assert _losses(tmp_path) == _losses(whole[0])
 
 
-@pytest.mark.parametrize(("bad", "kept"), [(1, []), (8, ["5"])])
-def test_a_loss_that_is_not_finite_names_step_and_remedy(
-  trainer, tmp_path, monkeypatch, bad, kept
+@pytest.mark.parametrize(("step", "kept"), [(1, []), (3, []), (5, ["3"])])
+def test_a_step_that_is_not_finite_is_named_with_its_examples(
+  tmp_path, step, kept
 ):
-  step, done = trainer._step, []
-
-  def broken(*arguments):
-    done.append(1)
-    state, loss = step(*arguments)
-    return state, loss * (np.nan if len(done) == bad else 1)
-
-  monkeypatch.setattr(trainer, "_step", broken)
+  """A broken query, seen in one step only; and what was saved stays."""
+  order = input_pipeline.numbers(np.arange(14 * 8), tiny.N, 0)
+  batch = order[8 * (step - 1) : 8 * step]
+  bad = next(n for n in batch if n not in order[: 8 * (step - 1)].tolist())
+  train = tiny.examples()
+  train["query"][bad, 3] = np.nan
+  ids = [f"id/{i}" for i in range(tiny.N)]
+  # A checkpoint every third step.
+  trainer = tiny.trainer(train=train, ids=ids, checkpoint_epochs=0.6)
   with pytest.raises(UserError) as caught:
     trainer.run(0, tmp_path, "train mam seed 0")
-  assert str(caught.value) == (
-    f"train mam seed 0: the loss is nan at step {bad}; lower "
-    "train.learning_rate. The last good checkpoint is kept."
+  message = str(caught.value)
+  assert message.startswith(
+    f"train mam seed 0: step {step} is not finite, first in the input "
+    f"batch/query, float32 [8, 11]: 1 number (nan) of 'id/{bad}'"
   )
+  assert message.endswith("The last good checkpoint is kept.")
+  path = tmp_path / f"nan_step_{step}_process_0.json"
+  report = json.loads(path.read_text())
+  assert report["examples"] == [f"id/{bad}"]
+  assert report["batch"] == [f"id/{i}" for i in batch]
   steps = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
   assert steps == kept
+  # What was done before is there, and nothing of what was not.
+  assert len(_losses(tmp_path)) == (int(kept[0]) if kept else 0)
+
+
+def test_a_step_that_grows_without_bound_names_an_activation(tmp_path):
+  """The learning rate of such runs is what people set too high."""
+  trainer = tiny.trainer(learning_rate=1e30, warmup_epochs=0.0)
+  message = _refusal(lambda: trainer.run(0, tmp_path, "train mam seed 0"))
+  assert "is not finite, first in the " in message
+  assert "lower train.learning_rate" in message
+
+
+def _refusal(call):
+  with pytest.raises(UserError) as caught:
+    call()
+  message = str(caught.value)
+  assert "\n" not in message
+  return message
 
 
 @pytest.mark.parametrize("size", [0, -8])
@@ -183,14 +208,14 @@ def test_a_batch_size_without_sense_is_refused_by_name(size):
 
 def test_prediction_does_not_depend_on_the_batch_size(whole):
   arrays = tiny.examples(29, seed=5)
-  predict = lambda size: loop.predict(
+  call = lambda size: predict.predict(
     tiny.model(), whole[1], tiny.memory(), arrays, size
   )
-  logits, weights = predict(29)
+  logits, weights = call(29)
   assert logits.shape == (29, tiny.CLASSES)
   assert weights.shape == (29, 1, tiny.K)
   for size in (5, 64):
-    other_logits, other_weights = predict(size)
+    other_logits, other_weights = call(size)
     np.testing.assert_allclose(other_logits, logits, atol=1e-5)
     np.testing.assert_allclose(other_weights, weights, atol=1e-5)
 
@@ -199,11 +224,11 @@ _TWO_DEVICES = """
 import sys, jax, numpy as np
 from flax import traverse_util
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.training import loop
+from retrieval_aug.training import predict
 from tests.training import tiny
 assert len(jax.devices()) == 2
 params = tiny.trainer().run(0)
-logits, _ = loop.predict(
+logits, _ = predict.predict(
   tiny.model(), params, tiny.memory(), tiny.examples(29, seed=5), 8
 )
 flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
@@ -233,7 +258,7 @@ def test_two_devices_equal_one(whole, tmp_path):
     "config.train.batch_size=7: must be a positive multiple of the 2 devices "
     "that share a batch."
   )
-  logits, _ = loop.predict(
+  logits, _ = predict.predict(
     tiny.model(), whole[1], tiny.memory(), tiny.examples(29, seed=5), 8
   )
   with np.load(tmp_path / "two.npz") as two:

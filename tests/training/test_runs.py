@@ -9,7 +9,8 @@ import pytest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.memory.working_set import WorkingSet
-from retrieval_aug.training import input_pipeline, runs
+from retrieval_aug.training import evaluations, input_pipeline, runs
+from retrieval_aug.training.data import load_data
 from tests.training import tiny
 
 TRAIN = tiny.SETTINGS | {
@@ -45,7 +46,7 @@ def data():
     labels=np.arange(tiny.U, dtype=np.int32) % (tiny.CLASSES + 1) - 1,
     source_names=["a", "b", "c"],
   )
-  return runs.load_data(examples, working_set, "data-1")
+  return load_data(examples, working_set, "data-1")
 
 
 def _runs(folder, name="linear", **changes):
@@ -60,7 +61,7 @@ def finished(tmp_path_factory, data):
   """Two seeds of the linear model, trained and evaluated."""
   folder = tmp_path_factory.mktemp("runs")
   runs.train(_runs(folder), data)
-  runs.evaluate(_runs(folder), data, **EVALUATE)
+  evaluations.evaluate(_runs(folder), data, **EVALUATE)
   return folder
 
 
@@ -69,7 +70,7 @@ def copied(finished, tmp_path):
   """A copy to damage: (its runs, its first evaluation)."""
   shutil.copytree(finished, tmp_path / "runs")
   made = _runs(tmp_path / "runs")
-  return made, runs.evaluation_artifact(
+  return made, evaluations.evaluation_artifact(
     made[0], "paper", made[0].data_fingerprint
   )
 
@@ -88,7 +89,7 @@ def test_data_is_renumbered_to_the_working_set_and_cut_to_k(data):
     arrays["rows"], tiny.examples(13, 2)["rows"][:, :3]
   )
   assert arrays["query"].shape == (13, tiny.D)
-  assert data.memory.keys.dtype == np.float32
+  assert data.memory.keys.dtype == np.float16
   assert data.class_counts.tolist() == [10, 9, 9, 9]
 
 
@@ -100,9 +101,11 @@ def test_seeds_have_parameters_of_their_own(finished):
 
 def test_metrics_are_those_of_the_kept_predictions(finished, data):
   run = _runs(finished)[1]
-  evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
+  evaluation = evaluations.evaluation_artifact(
+    run, "paper", run.data_fingerprint
+  )
   labels = data.examples["test"].labels
-  ids, logits, _ = runs.read_predictions(evaluation, "test")
+  ids, logits, _ = evaluations.read_predictions(evaluation, "test")
   assert ids == data.examples["test"].ids
   # What the linear model says, by NumPy: inputs are scaled to norm sqrt(d).
   head = run.params()["head"]
@@ -132,15 +135,17 @@ def test_every_model_trains_and_what_the_data_decides_is_filled_in(
 ):
   run = dataclasses.replace(_runs(tmp_path, name)[0], options=options)
   runs.train([run], data)
-  runs.evaluate([run], data, **EVALUATE)
+  evaluations.evaluate([run], data, **EVALUATE)
   fusion = run.params()["fusion"]
   if name == "retformer":  # CLS, z and train.k neighbors
     assert fusion["image_position"].shape == (2 + TRAIN["k"], tiny.D)
   if options.get("source_gate"):
     gate = fusion["layer_0"]["source_gate"]
     assert gate.shape == (3,) and (gate != 0).any()
-  evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
-  _, logits, attention = runs.read_predictions(evaluation, "val")
+  evaluation = evaluations.evaluation_artifact(
+    run, "paper", run.data_fingerprint
+  )
+  _, logits, attention = evaluations.read_predictions(evaluation, "val")
   assert logits.shape == (11, tiny.CLASSES)
   assert attention.shape == (11, options["num_layers"], TRAIN["k"])
 
@@ -156,7 +161,7 @@ def two_values(data):
 def test_values_of_two_encoders_stand_side_by_side(two_values, tmp_path, name):
   run = _runs(tmp_path, name)[0]
   runs.train([run], two_values)
-  runs.evaluate([run], two_values, **EVALUATE)
+  evaluations.evaluate([run], two_values, **EVALUATE)
   fusion = run.params()["fusion"]
   output = fusion["layer_0"]["output"] if name == "mam" else fusion["output"]
   assert output["kernel"].shape == (tiny.DV + 3, tiny.D)
@@ -176,11 +181,11 @@ def test_a_vote_has_nothing_to_train_and_counts_the_memorys_labels(
     _runs(tmp_path, "vote")[0], options={"kind": "plurality"}
   )
   runs.train([run], data)
-  runs.evaluate([run], data, **EVALUATE)
+  evaluations.evaluate([run], data, **EVALUATE)
   assert run.params() == {}
   assert not (run.folder / "metrics.jsonl").read_text()
-  _, logits, _ = runs.read_predictions(
-    runs.evaluation_artifact(run, "paper", run.data_fingerprint), "test"
+  _, logits, _ = evaluations.read_predictions(
+    evaluations.evaluation_artifact(run, "paper", run.data_fingerprint), "test"
   )
   rows = data.rows["test"][:, :3]
   labels = np.where(rows < 0, -1, np.asarray(data.memory.labels)[rows])
@@ -225,9 +230,11 @@ def test_post_hoc_correction_shifts_the_logits_by_the_prior(data, tmp_path):
   logits = []
   for run in (plain, shifted):
     runs.train([run], data)
-    runs.evaluate([run], data, **EVALUATE)
-    evaluation = runs.evaluation_artifact(run, "paper", run.data_fingerprint)
-    logits.append(runs.read_predictions(evaluation, "val")[1])
+    evaluations.evaluate([run], data, **EVALUATE)
+    evaluation = evaluations.evaluation_artifact(
+      run, "paper", run.data_fingerprint
+    )
+    logits.append(evaluations.read_predictions(evaluation, "val")[1])
   prior = np.log(data.class_counts / data.class_counts.sum())
   np.testing.assert_allclose(logits[1], logits[0] - 0.7 * prior, atol=1e-5)
 
@@ -242,9 +249,9 @@ def test_a_finished_run_and_evaluation_are_not_done_again(
   finished, data, monkeypatch
 ):
   monkeypatch.setattr(runs.loop, "Trainer", None)
-  monkeypatch.setattr(runs.loop, "predict", None)
+  monkeypatch.setattr(evaluations.predict, "predictor", None)
   runs.train(_runs(finished), data)
-  runs.evaluate(_runs(finished), data, **EVALUATE)
+  evaluations.evaluate(_runs(finished), data, **EVALUATE)
 
 
 def test_one_seed_alone_gives_the_parameters_it_gives_among_others(
@@ -281,7 +288,7 @@ def test_what_does_not_change_a_run_does_not_forbid_its_use(finished, change):
 
 
 def test_other_shot_groups_are_another_evaluation(finished):
-  other = runs.evaluation_artifact(
+  other = evaluations.evaluation_artifact(
     _runs(finished)[0], "oltr_code", _runs(finished)[0].data_fingerprint
   )
   assert "shot_groups: paper -> oltr_code" in _refusal(other.is_complete)
@@ -304,7 +311,9 @@ def test_an_option_that_the_model_lacks_is_refused_by_name(data, tmp_path):
 
 
 def test_an_untrained_run_is_not_evaluated(data, tmp_path):
-  message = _refusal(lambda: runs.evaluate(_runs(tmp_path), data, **EVALUATE))
+  message = _refusal(
+    lambda: evaluations.evaluate(_runs(tmp_path), data, **EVALUATE)
+  )
   assert (
     message == f"{tmp_path / 'seed_0'}: not trained yet; run --stages=train."
   )
@@ -319,7 +328,7 @@ def test_damaged_parameters_are_refused(
     run.folder / "params.npz"
   )
   shutil.rmtree(evaluation.folder)
-  message = _refusal(lambda: runs.evaluate([run], data, **EVALUATE))
+  message = _refusal(lambda: evaluations.evaluate([run], data, **EVALUATE))
   assert str(run.folder / "params.npz") in message
   assert f"delete {run.folder} to have it made again" in message
 
@@ -327,5 +336,5 @@ def test_damaged_parameters_are_refused(
 def test_damaged_predictions_are_refused(copied, flip_bit):
   _, evaluation = copied
   flip_bit(evaluation.folder / "predictions-test.npz")
-  message = _refusal(lambda: runs.read_predictions(evaluation, "test"))
+  message = _refusal(lambda: evaluations.read_predictions(evaluation, "test"))
   assert "predictions-test.npz: its bytes are not those" in message

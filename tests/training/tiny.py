@@ -4,6 +4,7 @@ import numpy as np
 
 from retrieval_aug import models
 from retrieval_aug.training import loop, step
+from retrieval_aug.training.settings import Layout, Telling, TrainSettings
 
 N, U, K, D, DV, CLASSES = 37, 23, 5, 11, 7, 4
 
@@ -20,9 +21,9 @@ SETTINGS = {
 }
 
 
-def settings(**changes) -> loop.TrainSettings:
+def settings(**changes) -> TrainSettings:
   """Settings of a run of 14 steps with a checkpoint every 5."""
-  return loop.TrainSettings(**SETTINGS | changes)
+  return TrainSettings(**SETTINGS | changes)
 
 
 def memory() -> step.Memory:
@@ -55,10 +56,26 @@ def model(**options):
   )
 
 
-def trainer(module=None, train=None, **changes) -> loop.Trainer:
+def trainer(
+  module=None,
+  train=None,
+  *,
+  ids=None,
+  layout=Layout(),
+  telling=Telling(),
+  **changes,
+) -> loop.Trainer:
   """A trainer on the problem."""
   train = examples() if train is None else train
   counts = np.bincount(train["label"], minlength=CLASSES)
   return loop.Trainer(
-    module or model(), settings(**changes), memory(), train, counts
+    module or model(),
+    settings(**changes),
+    memory(),
+    train,
+    counts,
+    val=examples(29, seed=5),
+    ids=ids,
+    layout=layout,
+    telling=telling,
   )
