@@ -16,7 +16,8 @@ own.
   once    as usual, but what shared layers project is kept for all of them
 
 All have the same parameters, loss, optimizer and batches of the same size, and
-train in one process, in turn, a few steps each: read the ratios. Sections:
+train in one process, in turn, a few steps each: read the ratios. Those of
+core-seconds leave out what other processes take. Sections:
 
   throughput  input and step together, each alone, and XLA's counts of the step
   bytes       an example takes on disk
@@ -75,24 +76,37 @@ def throughput(
 
 
 def _throughput(found: dict[str, Contender], rounds: int, say: Say) -> None:
-  rates = {name: ([], [], []) for name in found}
+  names = ("train", "step", "input")
+  rates = {(name, what): [] for name in found for what in names}
   for _ in range(rounds):
     for name, one in found.items():
       ask = one.train, one.step_alone, one.input_alone
-      for rate, call, count in zip(rates[name], ask, _COUNTS[name]):
-        rate.append(call(count))
+      for what, call, count in zip(names, ask, _COUNTS[name]):
+        rates[name, what].append(call(count))
   say(
-    f"{'':7}{'examples/s':>11}{'ours is x (range)':>20}{'step alone':>12}"
-    f"{'ours is x':>11}{'input alone':>13}{'GFLOP/ex':>10}{'MB/ex':>7}"
+    f"{'':6}{'examples/s':>11}{'ours is x (range)':>19}{'a core-s':>10}"
+    f"{'ours x':>8}{'step alone':>12}{'ours x':>8}{'input alone':>13}"
+    f"{'GFLOP/ex':>10}{'MB/ex':>7}"
   )
+
+  def middle(name: str, what: str, clock: str) -> float:
+    return statistics.median(getattr(r, clock) for r in rates[name, what])
+
+  def ratios(name: str, what: str, clock: str) -> list[float]:
+    pairs = zip(rates["ours", what], rates[name, what])
+    return [getattr(a, clock) / getattr(b, clock) for a, b in pairs]
+
   for name, one in found.items():
-    whole, step, read = (statistics.median(x) for x in rates[name])
-    ratios = [a / b for a, b in zip(rates["ours"][0], rates[name][0])]
-    of_steps = [a / b for a, b in zip(rates["ours"][1], rates[name][1])]
-    span = f"({min(ratios):.1f}-{max(ratios):.1f})"
+    wall = ratios(name, "train", "wall")
+    core = statistics.median(ratios(name, "train", "core"))
+    step = statistics.median(ratios(name, "step", "wall"))
+    span = f"({min(wall):.1f}-{max(wall):.1f})"
     say(
-      f"{name:7}{whole:11,.0f}{statistics.median(ratios):9.1f} {span:>10}"
-      f"{step:12,.0f}{statistics.median(of_steps):11.1f}{read:13,.0f}"
+      f"{name:6}{middle(name, 'train', 'wall'):11,.0f}"
+      f"{statistics.median(wall):8.1f} {span:>10}"
+      f"{middle(name, 'train', 'core'):10,.0f}{core:8.1f}"
+      f"{middle(name, 'step', 'wall'):12,.0f}{step:8.1f}"
+      f"{middle(name, 'input', 'wall'):13,.0f}"
       f"{one.costs.flops / 1e9:10.3f}{one.costs.bytes / 1e6:7.1f}"
     )
 
@@ -130,6 +144,8 @@ def trained(made: loop.Trainer, steps: int | None = None) -> dict[str, Any]:
 
 def epochs(of: Set, batch_size: int, say: Say) -> None:
   """Says how long an epoch of more and more examples takes."""
+  # What is loaded and compiled for the first run is not the epoch's.
+  trained(contenders.trainer(of, batch_size), 2)
   say("\nan epoch of N examples in the training loop")
   for every in (8, 4, 2, 1):
     told = trained(contenders.trainer(of, batch_size, every=every))
@@ -150,7 +166,7 @@ def memories(
   rates = [[] for _ in found]
   for _ in range(rounds):
     for one, rate in zip(found, rates):
-      rate.append(one.train(_COUNTS["ours"][0]))
+      rate.append(one.train(_COUNTS["ours"][0]).wall)
   for of, rate in zip(sets, rates):
     ratio = statistics.median(a / b for a, b in zip(rates[0], rate))
     epoch = of.sizes.examples / statistics.median(rate)
@@ -187,6 +203,9 @@ def main() -> None:
   parser.add_argument("--out", help="file that gets the lines too")
   flags = parser.parse_args()
   folder, lines = pathlib.Path(flags.folder), []
+  sections = flags.sections.split(",")
+  if unknown := set(sections) - set(SECTIONS):
+    parser.error(f"--sections={min(unknown)}: not among {', '.join(SECTIONS)}")
   sizes = sorted(int(float(m)) for m in flags.memories.split(","))
   sizes = [train_data.Sizes(flags.examples, flags.classes, m) for m in sizes]
 
@@ -203,7 +222,7 @@ def main() -> None:
     f"d=d_v={of.sizes.dim} M={of.sizes.memory:,} "
     f"U={len(of.data.memory.keys):,} B={flags.batch}"
   )
-  for section in flags.sections.split(","):
+  for section in sections:
     if section == "throughput":
       throughput(of, copies, flags.batch, flags.rounds, say)
     elif section == "bytes":
@@ -215,8 +234,6 @@ def main() -> None:
       memories([*others, of], flags.batch, flags.rounds, say)
     elif section == "input":
       waits(of, flags.batch, flags.rounds, say)
-    else:
-      parser.error(f"--sections={section}: not one of {', '.join(SECTIONS)}")
   if flags.out:
     files.write_bytes(flags.out, "".join(f"{x}\n" for x in lines).encode())
 

@@ -101,6 +101,17 @@ def trainer(
   )
 
 
+class Rate(NamedTuple):
+  """Examples a second, and a second of one core.
+
+  The latter counts what this process computed, and tells more than the clock
+  where other processes want the same cores.
+  """
+
+  wall: float
+  core: float
+
+
 class Contender:
   """Trains a few steps when asked to, and goes on there the next time."""
 
@@ -137,34 +148,43 @@ class Contender:
     self._done += 1
     return told
 
-  def train(self, count: int) -> float:
-    """Examples a second of some steps and their input."""
+  def train(self, count: int) -> Rate:
+    """The rate of some steps and their input."""
     with contextlib.closing(self._batches(self._done)) as batches:
       return self._rate(batches, count)
 
-  def step_alone(self, count: int) -> float:
-    """Examples a second of steps on one batch."""
+  def step_alone(self, count: int) -> Rate:
+    """The rate of some steps on one batch."""
     return self._rate(iter(lambda: self.fixed, None), count)
 
-  def input_alone(self, count: int) -> float:
-    """Examples a second of batches that nobody trains on."""
+  def input_alone(self, count: int) -> Rate:
+    """The rate of some batches that nobody trains on."""
     with contextlib.closing(self._batches(self._done)) as batches:
       jax.block_until_ready(next(batches))
-      begin = time.perf_counter()
+      begin = _clocks()
       for _ in range(count):
         jax.block_until_ready(next(batches))
-      return count * self._batch_size / (time.perf_counter() - begin)
+      return self._since(begin, count)
 
-  def _rate(self, batches: Iterator[Any], count: int) -> float:
+  def _rate(self, batches: Iterator[Any], count: int) -> Rate:
     told = collections.deque()
     jax.block_until_ready(self.step(next(batches)))
-    begin = time.perf_counter()
+    begin = _clocks()
     for _ in range(count):
       told.append(self.step(next(batches)))
       if len(told) > _UNDER_WAY:
         jax.block_until_ready(told.popleft())
     jax.block_until_ready(list(told))
-    return count * self._batch_size / (time.perf_counter() - begin)
+    return self._since(begin, count)
+
+  def _since(self, begin: tuple[float, float], count: int) -> Rate:
+    examples = count * self._batch_size
+    return Rate(*(examples / (b - a) for a, b in zip(begin, _clocks())))
+
+
+def _clocks() -> tuple[float, float]:
+  """Seconds of the clock and of this process's cores."""
+  return time.perf_counter(), time.process_time()
 
 
 def ours(of: Set, batch_size: int, **options: Any) -> Contender:

@@ -24,6 +24,10 @@ MODELS = (
   "mam",
 )
 
+# Of the train section: what is no single value, or does not change what a run
+# computes.
+NOT_SWEPT = ("lr_factors", "seeds", "seeds_at_once", "checkpoint_epochs")
+
 
 def defaults() -> ml_collections.ConfigDict:
   """Every setting of the main job with its default, locked."""
@@ -205,6 +209,16 @@ def defaults() -> ml_collections.ConfigDict:
   c.model.vote.train.seeds = 1  # nothing is drawn
   c.model.vote.train.finetune = False  # nothing is trained
 
+  # Lists of values, with commas between them (or ; where a value has commas):
+  # each model is trained with every combination. See docs/training.md.
+  c.sweep = ml_collections.ConfigDict({"train": {}, "model": {}})
+  for key in c.train:
+    if key not in NOT_SWEPT:
+      c.sweep.train[key] = config_dict.placeholder(str)
+  for name in MODELS:
+    for key in _model_options(name):
+      c.sweep.model[key] = config_dict.placeholder(str)
+
   c.evaluate = ml_collections.ConfigDict()
   c.evaluate.batch_size = 512
   c.evaluate.shot_groups = "paper"  # paper | oltr_code
@@ -349,15 +363,24 @@ def arguments(text: str | None, **known: Any) -> dict[str, Any]:
         f"{', '.join(f'{n}={v}' for n, v in known.items())}."
       )
     try:
-      found[name] = _as_type_of(known[name], value)
+      found[name] = as_type(type(known[name]), value)
     except ValueError as error:
       raise UserError(f"{part!r}: {error}.") from error
   return found
 
 
-def _as_type_of(default: Any, text: str) -> Any:
-  if not isinstance(default, bool):
-    return type(default)(text)
+def as_type(kind: type, text: str) -> Any:
+  """The value that a text stands for.
+
+  Args:
+    kind: bool, int, float or str.
+    text: as on the command line.
+
+  Raises:
+    ValueError: it is of another type.
+  """
+  if kind is not bool:
+    return kind(text)
   if text not in ("True", "False"):  # bool("False") is True
     raise ValueError("expected True or False")
   return text == "True"

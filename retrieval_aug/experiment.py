@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retrieval_aug import config as configs
-from retrieval_aug import encoders
+from retrieval_aug import encoders, sweep
 from retrieval_aug.common import distributed, files, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.manifest import Artifact
@@ -19,6 +19,7 @@ from retrieval_aug.memory.table import Table
 from retrieval_aug.report import leaks_picture, neighbors_picture, pictures
 from retrieval_aug.retrieval.stages import Retrieval, Runner, run_here
 from retrieval_aug.settings import Settings, chosen_models, train_settings
+from retrieval_aug.sweep import Trial
 from retrieval_aug.training import data, evaluations, finetune, runs, start
 from retrieval_aug.training.settings import Layout, Telling
 
@@ -39,6 +40,7 @@ class Experiment:
     self.settings = Settings(config)
     self.workdir = workdir
     self.models = chosen_models(self.settings)
+    self._swept = sweep.trials(self.settings, self.models)
     self.retrieval = Retrieval(
       config, workdir, self.models, self.settings, runner
     )
@@ -53,56 +55,66 @@ class Experiment:
 
   def train(self) -> bool:
     """Neighbours to trained parameters: every model with every seed."""
-    worked = False
-    trains = [train_settings(self.settings, n) for n in self.models]
+    trials = self._trials
+    trains = [train_settings(t.settings, t.model) for t in trials]
     augmented = any(t["augment"] != "none" for t in trains)
     if augmented and not any(t["finetune"] for t in trains):
       progress.note(
         "note: config.train.augment is set, but no model that is asked for "
         "has train.finetune=True"
       )
-    for name in self.runnable:
-      if not _complete_for_all([r.artifact for r in self._runs(name)]):
-        worked = True
-        looks = train_settings(self.settings, name)["eval_epochs"] > 0
-        tuned = self._finetuning(name, ("train", "val")[: 1 + looks])
-        at_once = train_settings(self.settings, name)["seeds_at_once"]
-        runs.train(
-          self._runs(name),
-          self.data_of(name),
-          tuned,
-          seeds_at_once=at_once,
-          layout=self._layout,
-          telling=Telling(**self.settings.log.options()),
-        )
-      for run in self._runs(name):
+    runs_of = lambda trial: [run.artifact for run in self._runs(trial)]
+    todo = [t for t in trials if not _complete_for_all(runs_of(t))]
+    if self._swept:
+      first = {trial: self._runs(trial)[0] for trial in trials}
+      sweep.check(first, todo, self.data_of)
+    for trial in trials:
+      if trial in todo:
+        self._train(trial)
+      for run in self._runs(trial):
         run.artifact.verify()
-    return worked
+    return bool(todo)
+
+  def _train(self, trial: Trial) -> None:
+    train = train_settings(trial.settings, trial.model)
+    looks = train["eval_epochs"] > 0
+    if trial.point and distributed.is_first():
+      progress.note(f"sweep: {trial.model} with {trial.point}")
+    runs.train(
+      self._runs(trial),
+      self.data_of(trial.model),
+      self._finetuning(trial, ("train", "val")[: 1 + looks]),
+      seeds_at_once=train["seeds_at_once"],
+      layout=self._layout,
+      telling=Telling(**self.settings.log.options()),
+    )
 
   def evaluate(self) -> bool:
-    """Parameters to metrics, `results.csv` and `results.json`."""
+    """Parameters to metrics, `results.csv` and `.json`; or those of a sweep."""
     options = self.settings.evaluate.options()
     worked = False
-    for name in self.runnable:
-      if not _complete_for_all(self.evaluations(name)):
+    for trial in self._trials:
+      if not _complete_for_all(self._evaluations(trial)):
         worked = True
-        runs.check_trained(self._runs(name))
-        tuned = self._finetuning(name, evaluations.EVAL_SPLITS)
+        runs.check_trained(self._runs(trial))
+        tuned = self._finetuning(trial, evaluations.EVAL_SPLITS)
         evaluations.evaluate(
-          self._runs(name),
-          self.data_of(name),
+          self._runs(trial),
+          self.data_of(trial.model),
           tuned,
           layout=self._layout,
           **options,
         )
-      for artifact in self.evaluations(name):
+      for artifact in self._evaluations(trial):
         artifact.verify()
-    if not distributed.is_first():
-      return worked
-    rows = self._rows()
-    text = result_table.to_csv(rows)
-    files.write_bytes(self.workdir / "results.csv", text.encode())
-    files.write_json(self.workdir / "results.json", rows)
+    if distributed.is_first():
+      if self._swept:
+        sweep.write(self.workdir, self._sweep_rows())
+      else:
+        rows = self._rows()
+        text = result_table.to_csv(rows)
+        files.write_bytes(self.workdir / "results.csv", text.encode())
+        files.write_json(self.workdir / "results.json", rows)
     return worked
 
   def report(self) -> bool:
@@ -124,10 +136,14 @@ class Experiment:
 
   def _report_neighbors(self) -> bool:
     options = self.settings.report.options()
+    if self._swept:
+      progress.note("neighbors.png shows a run of runs/, and a sweep has none")
+      return False
     if "mam" not in self.models:
       progress.note("neighbors.png shows what mam attends to: not asked for")
       return False
-    run, evaluation = self._runs("mam")[0], self.evaluations("mam")[0]
+    trial = Trial("mam", self.settings)
+    run, evaluation = self._runs(trial)[0], self._evaluations(trial)[0]
     if not evaluation.is_complete():
       raise UserError(f"{run.folder}: not evaluated; run --stages=evaluate.")
     path = self.workdir / "neighbors.png"
@@ -161,15 +177,7 @@ class Experiment:
 
   def text(self) -> str:
     """The final table as Markdown, and what a reader of it must know."""
-    labels = {s: np.asarray(x) for s, x in self._labels().items()}
-    classes = 1 + max(int(x.max()) for x in labels.values())
-    table = result_table.to_text(
-      self._rows(),
-      "test",
-      np.bincount(labels["train"], minlength=classes),
-      labels["test"],
-      self.settings.evaluate.shot_groups,
-    )
+    table = self._results()
     lines = [table, f"Neighbors: {neighbors.describe(self._neighbors)}."]
     if self.retrieval.leaks() is not None:
       lines.append(f"Leaks: {leakage.describe(self.retrieval.now.leaks)}.")
@@ -178,6 +186,19 @@ class Experiment:
         f"Joined texts of rac: {rac.describe(self.retrieval.now.joined)}."
       )
     return "\n".join(lines)
+
+  def _results(self) -> str:
+    if self._swept:
+      return sweep.to_text(self._sweep_rows(), self.settings)
+    labels = {s: np.asarray(x) for s, x in self._labels().items()}
+    classes = 1 + max(int(x.max()) for x in labels.values())
+    return result_table.to_text(
+      self._rows(),
+      "test",
+      np.bincount(labels["train"], minlength=classes),
+      labels["test"],
+      self.settings.evaluate.shot_groups,
+    )
 
   @functools.cached_property
   def runnable(self) -> list[str]:
@@ -191,6 +212,13 @@ class Experiment:
       return self.models
     progress.note("vote is left out: no memory item has a class as its label")
     return [name for name in self.models if name != "vote"]
+
+  @functools.cached_property
+  def _trials(self) -> list[Trial]:
+    """The models that run, each at every point of a sweep."""
+    if not self._swept:
+      return [Trial(name, self.settings) for name in self.runnable]
+    return [trial for name in self.runnable for trial in self._swept[name]]
 
   @property
   def tables(self) -> tuple[Table, Table]:
@@ -235,9 +263,10 @@ class Experiment:
     )
 
   @functools.cache  # noqa: B019 - an experiment lives as long as its process
-  def _runs(self, name: str) -> list[runs.Run]:
+  def _runs(self, trial: Trial) -> list[runs.Run]:
     """The runs of one model, one a seed."""
-    train = train_settings(self.settings, name)
+    name = trial.model
+    train = train_settings(trial.settings, name)
     seen = self.retrieval.now.seen_by(name)
     before = [v.seen_by(name).fingerprint for v in self.retrieval.earlier]
     finetuned = None
@@ -245,15 +274,15 @@ class Experiment:
       finetune.check(name, train)
       finetuned = {
         "encoder": self.tables[0].inputs["encoder"],
-        "images": self._image_cache(name, "train").fingerprint,
+        "images": self._image_cache(trial, "train").fingerprint,
       }
     found = [
       runs.Run(
         model_name=name,
-        options=getattr(self.settings.model, name).options("train"),
+        options=getattr(trial.settings.model, name).options("train"),
         train=train,
         seed=seed,
-        folder=start.folder_of(self.workdir, name, seed),
+        folder=trial.folder(self.workdir, seed),
         data_fingerprint=seen.fingerprint,
         finetuned=finetuned,
         start=start.find(train["start_from"], name, seed),
@@ -263,21 +292,21 @@ class Experiment:
     ]
     return [runs.trained_on(run, before) for run in found]
 
-  def _image_cache(self, name: str, split: str) -> Artifact:
+  def _image_cache(self, trial: Trial, split: str) -> Artifact:
     """Where the images are that a model is fine-tuned on, or evaluated."""
     return finetune.cache_artifact(
       self.workdir / "images",
       self.tables[0],
       split,
-      train_settings(self.settings, name),
+      train_settings(trial.settings, trial.model),
       self.settings.embed.shard_rows,
     )
 
   def _finetuning(
-    self, name: str, splits: Sequence[str]
+    self, trial: Trial, splits: Sequence[str]
   ) -> finetune.FineTuning | None:
     """What a model is fine-tuned with; None for one of frozen queries."""
-    if not train_settings(self.settings, name)["finetune"]:
+    if not train_settings(trial.settings, trial.model)["finetune"]:
       return None
     s = self.settings
     workers = {
@@ -287,7 +316,7 @@ class Experiment:
     }
     return finetune.load(
       self._neighbors,
-      [self._image_cache(name, split) for split in splits],
+      [self._image_cache(trial, split) for split in splits],
       encoders.load(**s.encoder.options()),
       lambda: self.retrieval.sources.downstream,
       **workers,
@@ -295,12 +324,21 @@ class Experiment:
 
   def evaluations(self, name: str) -> list[Artifact]:
     """Predictions and metrics of a model, one a seed, on the present memory."""
+    return self._evaluations(Trial(name, self.settings))
+
+  def _evaluations(self, trial: Trial) -> list[Artifact]:
     shot_groups = self.settings.evaluate.shot_groups
-    seen = self.retrieval.now.seen_by(name).fingerprint
+    seen = self.retrieval.now.seen_by(trial.model).fingerprint
     return [
       evaluations.evaluation_artifact(r, shot_groups, seen)
-      for r in self._runs(name)
+      for r in self._runs(trial)
     ]
+
+  def _sweep_rows(self) -> list[dict[str, Any]]:
+    metrics = lambda trial: [
+      a.info()["metrics"] for a in self._evaluations(trial)
+    ]
+    return sweep.rows({trial: metrics(trial) for trial in self._trials})
 
   def _rows(self) -> list[dict[str, Any]]:
     """Result rows of the models asked for, and of those evaluated before."""

@@ -1,5 +1,6 @@
 """A view of a config that notes what was read, and questions about it."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator
@@ -43,6 +44,16 @@ class Settings:
     """All keys of this section but `without`, each counted as read."""
     return {n: self._get(n) for n in self._config if n not in without}
 
+  def replaced(self, values: dict[str, Any]) -> "Settings":
+    """This section with other values; what is read there counts as read here.
+
+    Args:
+      values: by dotted name, each of a setting that there is.
+    """
+    config = copy.deepcopy(self._config)
+    config.update_from_flattened_dict(values)
+    return Settings(config, self._names_read, self._prefix)
+
   def names(self) -> list[str]:
     """Names of the keys and sections of this section."""
     return list(self._config)
@@ -85,10 +96,14 @@ def _flat(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any]]:
 
 def unknown_key_error(name: str, known: list[str]) -> UserError:
   """The error for a key that does not exist, naming the nearest that does."""
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  # A setting that cannot be swept, or the nearest.
+  near = [k for k in known if f"sweep.{k}" == name]
+  near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   if not near:  # the right name in the wrong section
     last = name.rsplit(".", 1)[-1]
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
+    # Of a setting and the list of it in a sweep, the setting.
+    ordered = sorted(known, key=lambda k: not k.startswith("sweep."))
+    tails = {k.rsplit(".", 1)[-1]: k for k in ordered}
     near = [tails[t] for t in difflib.get_close_matches(last, list(tails), n=1)]
   hint = f"did you mean config.{near[0]}?" if near else "see --help"
   return UserError(f"config.{name}: no such setting; {hint}")

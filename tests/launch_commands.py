@@ -54,14 +54,14 @@ BEAM = {
 
 # What every shell on the way must hand on as it is.
 CONFIG = "--config=configs/own_data.py:it's"
-WORKDIR = "--workdir=/mnt/work/my runs"
+WORKDIR = "--workdir=/mnt/files/my runs"
 FLAGS = ['--config.memory.text=a $(photo) of "{label}"', "--config.train.k=5"]
 
 VM = ["--project=p", "--zone=us-central2-b", "--name=my-tpu"]
 NEW = ["--accelerator_type=v6e-8", "--runtime_version=v2-alpha-tpuv6e"]
-FILES = ["--nfs=10.0.0.2:/vol1", "--mount_at=/mnt/work"]
+FILES = ["--nfs=10.0.0.2:/vol1", "--mount_at=/mnt/files"]
 JOB = ["--name=mam", "--image=r/retrieval_aug:1", "--claim=memory"]
-JOB += ["--mount_at=/mnt/work"]
+JOB += ["--mount_at=/mnt/files"]
 TPU = ["--tpu=tpu-v6e-slice", "--topology=4x4"]
 
 # What trains. Those of several processes have the flags of one of them beside.
@@ -135,11 +135,11 @@ TRAIN = {
     "--",
     *FLAGS,
   ],
-  "gke_tpu": ["gke", *BASE[:1], "--workdir=/mnt/work/run", *JOB, *TPU],
+  "gke_tpu": ["gke", *BASE[:1], "--workdir=/mnt/files/run", *JOB, *TPU],
   "gke_tpu_host": [
     "gke",
     *BASE[:1],
-    "--workdir=/mnt/work/run",
+    "--workdir=/mnt/files/run",
     *JOB,
     "--tpu=tpu-v5-lite-podslice",
     "--topology=2x4",

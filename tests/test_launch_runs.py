@@ -172,7 +172,7 @@ def test_gke_gives_main_every_word_whole(fakes):
   assert container["command"] == ["python", *words, index]
   assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
-  assert mounts == {"work": "/mnt/work", "shared-memory": "/dev/shm"}
+  assert mounts == {"work": "/mnt/files", "shared-memory": "/dev/shm"}
   volumes = {v.pop("name"): v for v in pod["volumes"]}
   assert volumes["work"] == {"persistentVolumeClaim": {"claimName": "memory"}}
   assert volumes["shared-memory"] == {"emptyDir": {"medium": "Memory"}}
@@ -231,8 +231,8 @@ def test_a_tpu_vm_that_is_preempted_is_made_anew(fakes):
   ]
   assert fakes.calls_of("python") == [_words()]
   (mount, *_) = [c for c in fakes.calls_of("sudo") if c[0] == "mount"]
-  assert mount[-2:] == ["10.0.0.2:/vol1", "/mnt/work"]
-  assert ["mkdir", "-p", "/mnt/work/my runs"] in fakes.calls_of("sudo")
+  assert mount[-2:] == ["10.0.0.2:/vol1", "/mnt/files"]
+  assert ["mkdir", "-p", "/mnt/files/my runs"] in fakes.calls_of("sudo")
 
 
 def test_a_tpu_vm_goes_on_until_it_is_told_to_stop(fakes):

@@ -23,10 +23,9 @@ from retrieval_aug.common.group import (
   POLL,
   Group,
   by_environment,
-  end_preemption_manager,
-  preemption_manager,
 )
 from retrieval_aug.common.rendezvous import names
+from retrieval_aug.common.stopping import StopTogether
 
 # Exit code of a run that SIGTERM stopped after all was saved: EX_TEMPFAIL, "try
 # again". The same command goes on.
@@ -208,36 +207,43 @@ class Preemption:
   another one nothing happens.
   """
 
+  _entered = 0  # how often in this process
+
   def __init__(self):
     self._asked = False
-    self._manager = None
+    self._together: StopTogether | None = None
 
   def __enter__(self) -> "Preemption":
     self._main = threading.current_thread() is threading.main_thread()
     if self._main:
-      self._former = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-      if _group is None:
-        signal.signal(signal.SIGTERM, self._ask)
-      else:
-        self._manager = preemption_manager()
+      Preemption._entered += 1
+      if _group is not None:
+        self._together = StopTogether(_group, str(Preemption._entered))
+      self._former = signal.signal(signal.SIGTERM, self._ask)
     return self
 
   def _ask(self, *_) -> None:
     self._asked = True
-    signal.signal(signal.SIGTERM, self._former)
+    if self._together is not None:
+      self._together.ask()
+    self._restore()
+
+  def _restore(self) -> None:
+    # None: a handler that is not of Python, which cannot be put back.
+    signal.signal(signal.SIGTERM, self._former or signal.SIG_DFL)
 
   def reached(self, step: int) -> bool:
     """Whether to stop now, after the step of this number.
 
     Of several processes all are told so at the same step, whichever of them
-    got the signal; each must ask once after every step.
+    got the signal; each must ask after every step.
     """
-    if self._manager is None:
-      return self._asked
-    return self._manager.reached_sync_point(step)
+    if self._together is not None:
+      return self._together.reached(step)
+    return self._asked
 
   def __exit__(self, *_) -> None:
     if self._main:
-      if self._manager is not None:
-        end_preemption_manager()
-      signal.signal(signal.SIGTERM, self._former)
+      self._restore()
+      if self._together is not None:
+        self._together.end()

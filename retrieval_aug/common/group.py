@@ -13,20 +13,20 @@ import os
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from retrieval_aug.common import rendezvous
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.rendezvous import names
 
 POLL = 0.05  # seconds between two looks at what lies in this process or near
-_LOOK = 1.0  # seconds between two looks at what lies in process 0
+LOOK = 1.0  # seconds between two looks at what lies in process 0
 # Seconds that the main thread has to end by itself when a process died. It may
 # wait for that process in a computation that nothing can stop.
 GRACE = 10.0
 # Hosts that gRPC, on which JAX talks, does not send through a proxy.
 _DIRECT = "no_grpc_proxy"
-_FAILED = "retrieval_aug/failed"  # where process 0 says so
+_FAILED = "retrieval_aug/failed"  # process 0 is to lie there
 _REMEDY = (
   "look at the log there, and give all processes the same command again, which "
   "goes on where this one stopped"
@@ -65,7 +65,7 @@ class Group:
     # Otherwise a process that fails waits minutes for the others to fail too,
     # and all end in a C++ stack trace. `_watch` ends them instead.
     jax.config.update("jax_enable_recoverability", True)
-    # It takes over SIGTERM for good; `preemption` starts it for a while.
+    # It takes SIGTERM over for good; see `stopping`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
       address,
@@ -82,6 +82,20 @@ class Group:
     self._ending = threading.Event()
     self._watcher = threading.Thread(target=self._watch, daemon=True)
     self._watcher.start()
+
+  def put(self, folder: str, value: str) -> None:
+    """Lays `value` of this process into a folder that all see; once."""
+    # Where process 0 is gone, `_watch` says so.
+    with contextlib.suppress(RuntimeError):
+      self._client.key_value_set(f"{folder}/{self.index}", value)
+
+  def entries(self, folder: str) -> dict[int, str]:
+    """What each process has laid there by now."""
+    try:
+      found = self._client.key_value_dir_get(folder)
+    except RuntimeError:  # process 0 is gone
+      return {}
+    return {int(key.rpartition("/")[2]): value for key, value in found}
 
   def exchange(
     self, name: str, value: str = "", timeout: float | None = None
@@ -101,16 +115,13 @@ class Group:
     deadline = time.monotonic() + timeout
     self._exchanges += 1
     folder = f"retrieval_aug/{self._exchanges}"
-    with contextlib.suppress(RuntimeError):  # process 0 is gone: found below
-      self._client.key_value_set(
-        f"{folder}/each/{self.index}", json.dumps([name, value])
-      )
+    self.put(f"{folder}/each", json.dumps([name, value]))
     look = self._collect if self.index == 0 else self._receive
     while not (told := look(folder, deadline)):
       late = time.monotonic() >= deadline
       if not late and not self.gone:
         continue
-      missing = set(range(self.count)) - set(self._told(folder))
+      missing = set(range(self.count)) - set(self.entries(f"{folder}/each"))
       # Process 0 may have come and ended before it passed on what it was told.
       if self.gone & (missing | {0}):
         raise UserError(self.ended())
@@ -128,17 +139,9 @@ class Group:
       )
     return [told[i][1] for i in range(self.count)]
 
-  def _told(self, folder: str) -> dict[int, list[str]]:
-    """What each process that has come told there: [place, value]."""
-    try:
-      entries = self._client.key_value_dir_get(f"{folder}/each")
-    except RuntimeError:  # process 0 is gone
-      return {}
-    return {int(key.rpartition("/")[2]): json.loads(x) for key, x in entries}
-
   def _collect(self, folder: str, _: float) -> dict[int, list[str]]:
     """Of process 0: what all told, passed on to all; empty before they did."""
-    told = self._told(folder)
+    told = {i: json.loads(x) for i, x in self.entries(f"{folder}/each").items()}
     if len(told) < self.count:
       time.sleep(POLL)
       return {}
@@ -149,7 +152,7 @@ class Group:
 
   def _receive(self, folder: str, deadline: float) -> dict[int, list[str]]:
     """Of the others: what process 0 passed on; empty if it did not yet."""
-    wait = min(_LOOK, max(deadline - time.monotonic(), POLL))
+    wait = min(LOOK, max(deadline - time.monotonic(), POLL))
     try:
       told = self._client.blocking_key_value_get(
         f"{folder}/all", math.ceil(1000 * wait)
@@ -180,17 +183,16 @@ class Group:
             self._client.shutdown()  # so that the others need not wait for it
           _exit()
       elif not ending:
-        self._ending.wait(_LOOK)
+        self._ending.wait(LOOK)
 
   def _alive(self) -> set[int]:
     """Returns when all that live have asked this, and the others are dead."""
     everyone = range(self.count)
     try:
       alive = set(self._client.get_live_nodes(list(everyone)))
-      failed = dict(self._client.key_value_dir_get(_FAILED))
     except RuntimeError:  # the store is gone, or this process has left it
       return {0} if self.index == 0 else set(everyone) - {0}
-    return alive - {0} if failed else alive
+    return alive - set(self.entries(_FAILED))
 
   def finish(self) -> None:
     """Leaves when all processes have come to the end."""
@@ -202,7 +204,7 @@ class Group:
     """Leaves at once, if that was not done; the others then end too."""
     if not self._ending.is_set():
       if self.index == 0:
-        self._client.key_value_set(f"{_FAILED}/0", "")
+        self.put(_FAILED, "")
       self._leave()
 
   def _leave(self) -> None:
@@ -210,9 +212,9 @@ class Group:
 
     self._ending.set()
     if self.index == 0:
-      self._watcher.join(GRACE + 2 * _LOOK)
+      self._watcher.join(GRACE + 2 * LOOK)
     jax.distributed.shutdown()
-    self._watcher.join(2 * _LOOK)
+    self._watcher.join(2 * LOOK)
     if self._watcher.is_alive():
       # It waits for a process that is dead but not yet known to be, and would
       # wake up while the interpreter is taken down, which is a crash.
@@ -224,29 +226,6 @@ def _exit() -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(1)
-
-
-def preemption_manager() -> Any:
-  """JAX's agreement on the step to stop at; takes over SIGTERM until its end.
-
-  Orbax asks it too, by `jax.experimental.multihost_utils`.
-  """
-  from jax._src import distributed
-  from jax._src.lib import _jax
-
-  state = distributed.global_state
-  state.preemption_sync_manager = _jax.create_preemption_sync_manager()
-  state.preemption_sync_manager.initialize(state.client)
-  return state.preemption_sync_manager
-
-
-def end_preemption_manager() -> None:
-  """Ends what `preemption_manager` began."""
-  from jax._src import distributed
-
-  state = distributed.global_state
-  state.preemption_sync_manager.shutdown()
-  state.preemption_sync_manager = None
 
 
 def by_environment(

@@ -32,7 +32,10 @@ _GIVEN = ("manifest", "pairs", "captions", "embeddings")
 SOURCES = ("train", "own", *_GIVEN)
 
 # Options of config.memory that matter once the memory is made.
-OF_LATER_STAGES = ("clean", "exclude_leaks", "leak_cosine", "leak_sample")
+OF_LATER_STAGES = (
+  *("clean", "exclude_leaks", "leak_cosine", "leak_sample"),
+  *("placement", "dtype"),
+)
 
 # Filters that look at more than one item.
 _OF_ALL = ("near_duplicates",)

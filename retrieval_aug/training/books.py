@@ -15,19 +15,26 @@ class Books(NamedTuple):
 
   Attributes:
     seeds: that train.
+    names: what each is called in messages.
     folders: of the metrics of each.
     shared: folder of the checkpoints; None if nothing is kept.
-    what: label of messages.
     checkpoints: in `shared`.
     logs: one a seed, in the first process.
   """
 
   seeds: Sequence[int]
+  names: Sequence[str]
   folders: Sequence[pathlib.Path | None]
   shared: pathlib.Path | None
-  what: str
   checkpoints: Checkpoints | None
   logs: list[metrics.Log]
+
+  @property
+  def what(self) -> str:
+    """What they are called together."""
+    if len(self.seeds) == 1:
+      return self.names[0]
+    return f"{self.names[0]} to {self.seeds[-1]}"
 
   def write(self, rows: list[list[dict]]) -> None:
     """Appends the rows of each seed."""

@@ -23,23 +23,28 @@ class Checkpoints:
   to be on disk. Several processes make one each, and call everything alike.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, *, best: bool = False):
+    """Makes the folder.
+
+    Args:
+      folder: of all checkpoints of a run.
+      best: whether some are saved with a metric, and the best is kept.
+    """
     self._folder = folder.absolute()
-    keep = preservation_policy.AnyPreservationPolicy(
-      [
-        preservation_policy.LatestN(1),
+    metric = lambda metrics: metrics[_METRIC]
+    policies = [preservation_policy.LatestN(1)]
+    if best:
+      policies.append(
         preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC],
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
+          get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
+    keep = preservation_policy.AnyPreservationPolicy(policies)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
-        best_fn=lambda metrics: metrics[_METRIC],
+        best_fn=metric if best else None,
         cleanup_tmp_directories=True,
       ),
     )

@@ -20,10 +20,11 @@ class Compiled:
   """Makes states and steps; each kind is compiled once.
 
   Attributes:
-    step: `(state, memory, batch, number) -> (state, metrics)`; the state is
-      donated.
-    steps_together: the same of several seeds, in an axis in front, on one
-      device.
+    step: `(state, memory, chunk, place, number) -> (state, metrics)`: a
+      chunk has batches, [C, B, ...], of which the one at a place is taken; the
+      state is donated.
+    steps_together: the same of several seeds, in an axis in front (of a chunk,
+      in its second), on one device.
     schedule: from the steps done to the learning rate.
   """
 
@@ -77,12 +78,12 @@ class Compiled:
     self._take = placed.gather
     step = self._make_step()
     self.step = jax.jit(
-      step,
+      _picking(step),
       donate_argnums=0,
       out_shardings=(self.shardings, sharding.everywhere(mesh)),
     )
     self.steps_together = jax.jit(
-      jax.vmap(step, in_axes=(0, None, 0, None)), donate_argnums=0
+      _picking(jax.vmap(step, in_axes=(0, None, 0, None))), donate_argnums=0
     )
 
   def _make_step(self):
@@ -146,23 +147,36 @@ class Compiled:
     return state._replace(params=put(self.shardings.params), ema=ema)
 
   def traced(
-    self, memory: Memory, batch: dict[str, Any], together: int = 1
+    self, memory: Memory, chunk: dict[str, Any], together: int = 1
   ) -> jax.stages.Traced:
     """The step, which tells what it does and, compiled, what it needs.
 
     Args:
       memory: of the working set's place.
-      batch: any, on the devices.
+      chunk: any, on the devices.
       together: seeds that train together.
     """
     on = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
     state = jax.tree.map(on, self.shapes, self.shardings)
     step = self.step
     if together > 1:
-      stacked = lambda x: jax.ShapeDtypeStruct((together, *x.shape), x.dtype)
-      state, batch = jax.tree.map(stacked, (state, batch))
+      like = jax.ShapeDtypeStruct
+      stacked = lambda x: like((together, *x.shape), x.dtype)
+      state = jax.tree.map(stacked, state)
+      stacked = lambda x: like((x.shape[0], together, *x.shape[1:]), x.dtype)
+      chunk = jax.tree.map(stacked, chunk)
       step = self.steps_together
-    return step.trace(state, memory, batch, np.int32(0))
+    return step.trace(state, memory, chunk, np.int32(0), np.int32(0))
+
+
+def _picking(step):
+  """A step that takes its batch from a chunk."""
+
+  def train_step(state, memory, chunk, place, number):
+    batch = jax.tree.map(lambda x: x[place], chunk)
+    return step(state, memory, batch, number)
+
+  return train_step
 
 
 def of_seed(tree: Any, number: int) -> Any:

@@ -1,5 +1,6 @@
 """What a step is fed with: batches on the devices, ahead of their step."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,30 +41,65 @@ class Feed:
     self._ids = np.asarray(ids)
     self._batch_size = batch_size
     self._local = sharding.local_positions(mesh, batch_size)
+    # Images and gathered neighbours are large.
+    large = finetuning is not None or placed.kind == "host"
+    self._at_once = 1
+    if not large:
+      self._at_once = input_pipeline.steps_at_once(len(self._local))
     self._images = None
     if finetuning is not None:
       self._images = finetuning.images["train"]
       self._augment = augment.make(augmented)
       self._train = {n: x for n, x in train.items() if n != "query"}
 
-  def ahead(self, seeds: Sequence[int], first: int, last: int) -> Iterator[Any]:
-    """Batches on the devices, of the steps first..last-1.
+  def ahead(
+    self, seeds: Sequence[int], first: int, last: int
+  ) -> Iterator[tuple[dict[str, Any], int]]:
+    """The batches of the steps first..last-1, on the devices.
 
-    Those of several seeds are stacked, [S, B, ...].
+    Small ones are sent some steps at a time: a transfer takes longer to begin
+    than to do.
+
+    Yields:
+      A chunk [C, B, ...], of several seeds [C, S, B, ...], and the place of the
+      step's batch in it.
     """
-    if len(seeds) == 1:
-      each = self.batches(seeds[0], first, last)
-      return input_pipeline.ahead(each, self._put)
-    each = zip(*(self.batches(seed, first, last) for seed in seeds))
-    stacked = (
-      {name: np.stack([b[name] for b in batch]) for name in batch[0]}
-      for batch in each
+    each = [self._chunks(seed, first, last) for seed in seeds]
+    put = self._put
+    if len(seeds) > 1:  # on one device
+      put = lambda chunks: jax.device_put(
+        {n: np.stack([c[n] for c in chunks], axis=1) for n in chunks[0]}
+      )
+    chunks = input_pipeline.ahead(
+      each[0] if len(seeds) == 1 else zip(*each), put
     )
-    return input_pipeline.ahead(stacked, jax.device_put)
+    with contextlib.closing(chunks):
+      for number, chunk in enumerate(chunks):
+        begin = first + number * self._at_once
+        for place in range(min(self._at_once, last - begin)):
+          yield chunk, place
 
   def example(self) -> dict[str, Any]:
-    """The first batch of seed 0, on the devices."""
-    return self._put(next(self.batches(0, 0, 1)))
+    """The first chunk of seed 0, on the devices."""
+    return self._put(next(self._chunks(0, 0, 1)))
+
+  def _chunks(
+    self, seed: int, first: int, last: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of batches, `_at_once` of them stacked."""
+    if self._images is not None:
+      for batch in self.batches(seed, first, last):
+        yield {name: x[None] for name, x in batch.items()}
+      return
+    yield from input_pipeline.train_chunks(
+      self._train,
+      self._batch_size,
+      seed,
+      first,
+      last,
+      self._local,
+      self._at_once,
+    )
 
   def batches(
     self, seed: int, first: int, last: int
@@ -108,6 +144,6 @@ class Feed:
     numbers = input_pipeline.numbers(position, len(self._ids), seed)
     return joined, self._ids[numbers]
 
-  def _put(self, batch: dict[str, Any]) -> dict[str, Any]:
-    batch = self._placed.join(batch)
-    return sharding.put_batch(batch, self._mesh, self._batch_size)
+  def _put(self, chunk: dict[str, Any]) -> dict[str, Any]:
+    chunk = self._placed.join(chunk)
+    return sharding.put_batch(chunk, self._mesh, self._batch_size, before=1)

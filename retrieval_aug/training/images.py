@@ -244,6 +244,7 @@ def train_batches(
     The arrays' rows, and `images`: uint8 [b, size, size, 3].
   """
   tf = import_tensorflow()
+  # Labels and rows: no array in half precision, of which TensorFlow warns.
   tensors = {name: tf.constant(x) for name, x in arrays.items()}
 
   def example(position: Any) -> dict[str, Any]:

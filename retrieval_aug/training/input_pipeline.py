@@ -19,6 +19,9 @@ from retrieval_aug.common.errors import UserError
 from retrieval_aug.common.tf import import_tensorflow
 from retrieval_aug.memory import neighbors
 
+_STEPS_AT_ONCE = 32
+_EXAMPLES_AT_ONCE = 4096
+
 
 class Examples(NamedTuple):
   """One split, joined with its neighbours.
@@ -108,23 +111,25 @@ def shuffled(position: Any, n: int, seed: int) -> Any:
     int64, of the shape of `position`.
   """
   tf = import_tensorflow()
-  shape = tf.shape(position)
+  flat = tf.reshape(position, [-1])
+  shape = tf.shape(flat)
   # The wrapper of this op in tf.random.experimental takes one seed for all
   # positions; a batch that spans two epochs needs one each.
   seeds = tf.stack(
     [
       tf.fill(shape, tf.constant(seed, tf.int64)),
-      position // n,
+      flat // n,
       tf.zeros(shape, tf.int64),
     ],
     axis=-1,
   )
-  return tf.raw_ops.RandomIndexShuffle(
-    index=position % n,
+  found = tf.raw_ops.RandomIndexShuffle(
+    index=flat % n,
     seed=seeds,
     max_index=tf.fill(shape, tf.constant(n - 1, tf.int64)),
     rounds=4,
   )
+  return tf.reshape(found, tf.shape(position))
 
 
 def numbers(position: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -166,23 +171,62 @@ def train_batches(
     local: places in a batch that this process prepares, as
       `sharding.local_positions` gives them; None for all.
   """
+  local = np.arange(batch_size) if local is None else local
+  at_once = steps_at_once(len(local))
+  chunks = train_chunks(
+    arrays, batch_size, seed, first_step, last_step, local, at_once
+  )
+  step = first_step
+  for chunk in chunks:
+    for i in range(min(at_once, last_step - step)):
+      yield {name: x[i] for name, x in chunk.items()}
+    step += at_once
+
+
+def steps_at_once(examples: int) -> int:
+  """Steps whose batches, of so many examples, are prepared together.
+
+  What an operation costs beside its work is shared by them.
+  """
+  return max(1, min(_STEPS_AT_ONCE, _EXAMPLES_AT_ONCE // examples))
+
+
+def train_chunks(
+  arrays: dict[str, np.ndarray],
+  batch_size: int,
+  seed: int,
+  first_step: int,
+  last_step: int,
+  local: np.ndarray,
+  at_once: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """The batches of `train_batches`, some steps at a time: [at_once, b, ...].
+
+  The last chunk goes on beyond `last_step`, so that all have one shape.
+  """
   tf = import_tensorflow()
   n = len(next(iter(arrays.values())))
-  tensors = {name: tf.constant(x) for name, x in arrays.items()}
-  local = np.arange(batch_size) if local is None else local
+  tensors = {name: tf.constant(_as_bits(x)) for name, x in arrays.items()}
 
-  def batch(step):
+  def chunk(first):
+    step = first + tf.range(at_once, dtype=tf.int64)
     index = shuffled(positions_of(step, batch_size, local), n, seed)
     return {name: tf.gather(x, index) for name, x in tensors.items()}
 
-  data = tf.data.Dataset.range(first_step, last_step)
+  data = tf.data.Dataset.range(first_step, last_step, at_once)
   # Order is part of the contract; the one private thread is enough for a
   # gather and leaves the cores to the step.
   options = tf.data.Options()
   options.deterministic = True
   options.threading.private_threadpool_size = 1
-  data = data.map(batch, num_parallel_calls=1).prefetch(8)
-  return data.with_options(options).as_numpy_iterator()
+  data = data.map(chunk, num_parallel_calls=1).prefetch(2)
+  for found in data.with_options(options).as_numpy_iterator():
+    yield {name: x.view(arrays[name].dtype) for name, x in found.items()}
+
+
+def _as_bits(x: np.ndarray) -> np.ndarray:
+  """Half precision as integers: TensorFlow warns of it on most CPUs."""
+  return x.view(np.uint16) if x.dtype == np.float16 else x
 
 
 def eval_batches(

@@ -33,9 +33,9 @@ from retrieval_aug.training.settings import Layout, Telling, TrainSettings
 # Losses are fetched from the device in groups: fetching each would make the
 # host wait for every step.
 _FETCH_EVERY = 50
-# Batches of images are large, and as many are on the device as are not yet
-# fetched.
-_FETCH_EVERY_OF_IMAGES = 4
+# Batches of images, or with neighbours from the host, are large, and as many
+# are on the device as are not yet fetched.
+_FETCH_EVERY_OF_LARGE = 4
 
 COLUMNS = ("loss", "grad_norm", "learning_rate", "val_top1")
 
@@ -161,7 +161,7 @@ class Trainer:
     if begin is not None:
       first = start.params(begin, first)
       state = self.compiled.begin_with(state, first)
-    state = self._run(state, [seed], [folder], folder, what)
+    state = self._run(state, [seed], [what], [folder], folder)
     params = sharding.fetch(_to_keep(state))
     return start.between(params, first, kept) if kept else params
 
@@ -178,13 +178,14 @@ class Trainer:
       seeds: as of `run`, whose results these are but for rounding.
       folders: of the metrics of each.
       shared: for checkpoints of them all; None keeps nothing.
-      what: label of the progress bar.
+      what: label of the progress bar, without a seed.
 
     Returns:
       The parameters of each seed, as `run` returns them.
     """
     state = self.compiled.init_together(seeds)
-    state = self._run(state, seeds, folders, shared, what)
+    names = [f"{what} seed {seed}" for seed in seeds]
+    state = self._run(state, seeds, names, folders, shared)
     params = sharding.fetch(_to_keep(state))
     return [of_seed(params, i) for i in range(len(seeds))]
 
@@ -199,19 +200,21 @@ class Trainer:
       and not s.keep_start
     )
 
-  def _run(self, state, seeds, folders, shared, what) -> steps.State:
+  def _run(self, state, seeds, names, folders, shared) -> steps.State:
     """All steps of some seeds, from the latest checkpoint in `shared`."""
     with contextlib.ExitStack() as stack:
       checkpoints, first, logs = None, 0, []
       if shared is not None:
-        checkpoints = stack.enter_context(Checkpoints(shared / "checkpoints"))
+        checkpoints = stack.enter_context(
+          Checkpoints(shared / "checkpoints", best=self._eval_steps > 0)
+        )
         first, state = checkpoints.restore(state)
         if distributed.is_first():
           logs = [
-            stack.enter_context(self._log(folder, first, f"{what} {seed}"))
-            for seed, folder in zip(seeds, folders)
+            stack.enter_context(self._log(folder, first, name))
+            for name, folder in zip(names, folders)
           ]
-      books = Books(seeds, folders, shared, what, checkpoints, logs)
+      books = Books(seeds, names, folders, shared, checkpoints, logs)
       state = self._steps(state, first, books)
       if checkpoints is not None and self.settings.keep == "best":
         _, state = checkpoints.restore(state, best=True)
@@ -232,10 +235,12 @@ class Trainer:
     step = self.compiled.step
     if together > 1:
       step = self.compiled.steps_together
+    self._rates  # noqa: B018 - compiled here, while nothing is timed
     # At most so many steps are under way that nobody has looked at.
-    every = _FETCH_EVERY_OF_IMAGES if self._finetunes else _FETCH_EVERY
+    large = self._finetunes or self.placed.kind == "host"
+    every = _FETCH_EVERY_OF_LARGE if large else _FETCH_EVERY
     meter = speed.Meter(self.settings.batch_size * together)
-    pending = []
+    pending, told = [], None
     with contextlib.ExitStack() as stack:
       batches = self._feed.ahead(books.seeds, first, total)
       stack.enter_context(contextlib.closing(batches))
@@ -243,11 +248,18 @@ class Trainer:
       preemption = stack.enter_context(distributed.Preemption())
       trace = stack.enter_context(contextlib.closing(self._trace(books)))
       for number in range(first + 1, total + 1):
-        with meter.waiting():
-          batch = next(batches)
+        with meter.waiting(told and told.loss):
+          chunk, place = next(batches)
         trace.step(number, state)
-        done = np.int32(number - 1)
-        state, told = step(state, self.placed.memory, batch, done)
+        state, told = step(
+          state,
+          self.placed.memory,
+          chunk,
+          np.int32(place),
+          np.int32(number - 1),
+        )
+        if number == first + 1:
+          jax.block_until_ready(told)  # what it took to compile is not speed
         meter.step()
         pending.append((number, told))
         last, stop = number == total, preemption.reached(number)
@@ -281,7 +293,7 @@ class Trainer:
   def _trace(self, books: Books) -> profiler.Profiler:
     window = self._telling.profile if books.logs else ""
     return profiler.Profiler(
-      window, (books.shared or pathlib.Path()) / "profile"
+      window, (books.folders[0] or pathlib.Path()) / "profile"
     )
 
   def _rows(self, pending, state, books: Books) -> list[list[dict]]:
@@ -289,13 +301,13 @@ class Trainer:
     numbers, told = zip(*pending)
     told = jax.device_get(told)
     rows = []
-    for i, seed in enumerate(books.seeds):
+    for i in range(len(books.seeds)):
       own = told if len(books.seeds) == 1 else [of_seed(x, i) for x in told]
       rows.append([])
       for number, x in zip(numbers, own):
         if not x.ok:
           kept = state if len(books.seeds) == 1 else of_seed(state, i)
-          self._explain(number, kept, seed, books)
+          self._explain(number, kept, i, books)
         rows[-1].append(
           {
             "step": number,
@@ -312,9 +324,9 @@ class Trainer:
     done = jnp.arange(self.total_steps)
     return np.asarray(jax.vmap(self.compiled.schedule)(done))
 
-  def _explain(self, number: int, state, seed: int, books: Books) -> None:
-    """Raises the `UserError` of a step that was not done."""
-    batch, ids = self._feed.looked_up(seed, number - 1)
+  def _explain(self, number: int, state, i: int, books: Books) -> None:
+    """Raises the `UserError` of the i-th seed's step that was not done."""
+    batch, ids = self._feed.looked_up(books.seeds[i], number - 1)
     guard.stop(
       self.compiled.loss(),
       self.compiled.frozen,
@@ -322,8 +334,8 @@ class Trainer:
       batch,
       step=number,
       ids=ids,
-      what=books.what,
-      folder=books.shared,
+      what=books.names[i],
+      folder=books.folders[i],
     )
 
   def _look(self, state: steps.State, rows: list[list[dict]]) -> float:
@@ -358,6 +370,7 @@ class Trainer:
     devices = list(self.mesh.devices.flat)
     found = speed.summary(costs, meter.total(), devices)
     found["placement"] = self.placed.why
+    found["seeds_at_once"] = together  # whose examples these are
     for folder in books.folders:
       files.write_json(folder / "summary.json", found)
     progress.note(f"{books.what}: {speed.describe(found)}")

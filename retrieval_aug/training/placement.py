@@ -120,7 +120,10 @@ def _take(
 
   def part(first):
     chosen = slice(first, first + _CHUNK)
-    out[chosen] = x[rows_flat[chosen]]
+    if x.dtype == dtype:  # without a copy, and without a look at each row
+      np.take(x, rows_flat[chosen], 0, out[chosen], mode="clip")
+    else:
+      out[chosen] = x[rows_flat[chosen]]
 
   for _ in threads.map(part, range(0, rows.size, _CHUNK)):
     pass  # what a part raises is raised here

@@ -260,7 +260,7 @@ def _note(
   progress.note(
     f"train {name}: {len(todo)} runs of {trainer.total_steps:,} steps{at_once}"
     f", about {together * state / 1e6:,.1f} MB of state in memory, "
-    f"{len(todo) * state / 1e6:,.1f} MB on disk; working set: "
+    f"{len(todo) * state / 1e6:,.1f} MB on disk; "
     f"{trainer.placed.why}"
   )
   if todo[0].finetunes:

@@ -21,7 +21,8 @@ class Rates(NamedTuple):
 
   Attributes:
     examples_per_second: of all processes.
-    input_wait: share of the time, 0 to 1, that this process waited for input.
+    input_wait: share of the time, 0 to 1, that the devices of this process had
+      nothing to do but wait for input.
     steps: how many.
     seconds: how long they took.
   """
@@ -47,13 +48,20 @@ class Meter:
     self._run: _Clock | None = None
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Around what fetches the next batch."""
+  def waiting(self, under_way: jax.Array | None = None) -> Iterator[None]:
+    """Around what fetches the next batch.
+
+    Args:
+      under_way: what the last step gives. While it is being computed the
+        device has not waited for anything; a wait in whose course it comes
+        counts whole.
+    """
     begin = time.perf_counter()
     try:
       yield
     finally:
-      self._add("waited", time.perf_counter() - begin)
+      if under_way is None or under_way.is_ready():
+        self._add("waited", time.perf_counter() - begin)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

@@ -40,15 +40,16 @@ def test_three_do_not_divide_eight():
 def test_examples_are_split_over_data(mesh):
   data = mesh.shape["data"]
   rows = np.arange(B * K).reshape(B, K)
-  put = sharding.put_batch({"rows": rows, "step": np.int32(3)}, mesh, B)
+  put = sharding.put_batch({"rows": rows}, mesh, B)
   assert put["rows"].sharding.spec == PartitionSpec("data")
   assert {s.data.shape for s in put["rows"].addressable_shards} == {
     (B // data, K)
   }
-  assert put["step"].sharding.is_fully_replicated
   fetched = sharding.fetch(put)
   np.testing.assert_array_equal(fetched["rows"], rows)
-  assert fetched["step"] == 3
+  put = sharding.put_batch(np.stack([rows, -rows]), mesh, B, before=1)
+  assert {s.data.shape for s in put.addressable_shards} == {(2, B // data, K)}
+  np.testing.assert_array_equal(sharding.fetch(put)[1], -rows)
 
 
 def test_positions_do_not_depend_on_the_order_of_devices():

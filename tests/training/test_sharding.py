@@ -247,12 +247,14 @@ def test_put_batch_keeps_the_tree():
   batch = {
     "rows": np.arange(6).reshape(3, 2).astype(np.int32),
     "neighbors": step.Memory(np.ones((3, 2, 5), np.float16), None),
-    "step": np.int32(7),
   }
   put = sharding.put_batch(batch, sharding.mesh(), 3)
   assert jax.tree.structure(put) == jax.tree.structure(batch)
   jax.tree.map(np.testing.assert_array_equal, put, batch)
   assert put["neighbors"].keys.dtype == jnp.float16
+  chunk = jax.tree.map(lambda x: np.stack([x, x]), batch)
+  put = sharding.put_batch(chunk, sharding.mesh(), 3, before=1)
+  jax.tree.map(np.testing.assert_array_equal, put, chunk)
 
 
 def test_what_is_fetched_survives_a_step():

@@ -1,0 +1,417 @@
+"""Sweeps: lists to points, points to runs, runs to a choice by val alone."""
+
+import json
+import os
+import shlex
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from retrieval_aug import config as configs
+from retrieval_aug import main, sweep
+from retrieval_aug.common import distributed
+from retrieval_aug.common.errors import UserError
+from retrieval_aug.evaluation import sweep_table
+from retrieval_aug.settings import Settings, check_overrides, train_settings
+from retrieval_aug.training import books, loop, runs
+from tests.end_to_end import embeddings
+
+# TensorFlow and Orbax warn of their own dependencies, and an Orbax manager that
+# is closed late is a ResourceWarning.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::DeprecationWarning", "ignore::ResourceWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+  """As in tests/training: optax raises floats to integer powers."""
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
+def _settings(**lists):
+  config = configs.defaults()
+  for name, text in lists.items():
+    section, _, key = name.partition("_")
+    config.sweep[section][key] = text
+  return Settings(config)
+
+
+def _points(models, **lists):
+  found = sweep.trials(_settings(**lists), models)
+  return {model: [t.point for t in found[model]] for model in found}
+
+
+def _refusal(models=("mam",), **lists):
+  with pytest.raises(UserError) as caught:
+    sweep.trials(_settings(**lists), models)
+  return str(caught.value)
+
+
+class TestGrid:
+  def test_is_every_combination_in_the_order_of_the_lists(self):
+    found = _points(
+      ["mam"], model_num_layers="2,1", train_learning_rate="1e-3, 3e-5"
+    )
+    assert found == {
+      "mam": [
+        "learning_rate=0.001,num_layers=2",
+        "learning_rate=0.001,num_layers=1",
+        "learning_rate=3e-05,num_layers=2",
+        "learning_rate=3e-05,num_layers=1",
+      ]
+    }
+
+  def test_an_option_multiplies_the_models_that_have_it(self):
+    found = _points(
+      ["linear", "mlp", "vote"],
+      model_activation="relu,gelu",
+      model_input_scale="none,sqrt_d",
+    )
+    assert {m: len(points) for m, points in found.items()} == {
+      "linear": 2,
+      "mlp": 4,
+      "vote": 1,
+    }
+    assert found["vote"] == ["as_set"]
+
+  def test_training_multiplies_all_but_the_vote_which_trains_nothing(self):
+    found = _points(["vote", "linear"], train_epochs="1,2", train_k="3,5")
+    assert found["vote"] == ["k=3", "k=5"] and len(found["linear"]) == 4
+
+  def test_nothing_asked_for_is_no_sweep(self):
+    assert sweep.trials(_settings(), ["mam"]) == {}
+
+  def test_a_point_is_the_config_with_its_values(self):
+    settings = _settings(train_tau="0.5", model_tau="3", train_finetune="True")
+    (trial,) = sweep.trials(settings, ["rac"])["rac"]
+    train = train_settings(trial.settings, "rac")
+    assert (train["tau"], train["finetune"]) == (0.5, True)
+    assert trial.settings.model.rac.tau == 3.0
+    assert trial.point == "finetune=True,model.tau=3.0,tau=0.5"
+    # That of the sweep itself stays as it was.
+    assert settings.model.rac.tau == 2.0 and settings.train.tau == 1.0
+    assert settings.model.rac.train.tau is None
+
+  def test_what_a_point_reads_is_read(self):
+    settings = _settings(model_num_layers="1,2")
+    before = set(settings.unread())
+    assert not [n for n in before if n.startswith("sweep.model.num_layers")]
+    trial = sweep.trials(settings, ["mam"])["mam"][1]
+    assert "model.mam.num_layers" in settings.unread()
+    assert trial.settings.model.mam.num_layers == 2
+    assert "model.mam.num_layers" not in settings.unread()
+
+
+class TestValues:
+  @pytest.mark.parametrize(
+    ("lists", "model", "expected"),
+    [
+      ({"train_batch_size": "8,16"}, "mam", [8, 16]),
+      ({"train_weight_decay": "0,1e-2"}, "mam", [0.0, 0.01]),
+      ({"train_remat": "True,False"}, "mam", [True, False]),
+      ({"train_loss": "lace, focal"}, "mam", ["lace", "focal"]),
+      ({"model_norm": "None,pre"}, "mam", [None, "pre"]),
+      ({"model_hidden_dim": "None,7"}, "mlp", [None, 7]),
+      ({"model_attention_temperature": "0.5,learned"}, "mam", [0.5, "learned"]),
+      (
+        {"train_augment": "none;flip, crop(2)"},
+        "mam",
+        ["none", "flip, crop(2)"],
+      ),
+    ],
+  )
+  def test_have_the_type_of_the_default(self, lists, model, expected):
+    trials = sweep.trials(_settings(**lists), [model])[model]
+    found = [value for trial in trials for value in trial.values.values()]
+    assert found == expected
+    assert [type(x) for x in found] == [type(x) for x in expected]
+
+  @pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+      (
+        {"train_learning_rate": "1e-3,fast"},
+        "train.learning_rate=1e-3,fast: 'fast' is no float; the default is "
+        "0.001.",
+      ),
+      ({"train_epochs": "nan"}, "train.epochs=nan: 'nan' is no float"),
+      ({"train_batch_size": "8.5"}, "train.batch_size=8.5: '8.5' is no int"),
+      ({"train_remat": "yes"}, "train.remat=yes: 'yes' is no bool"),
+      ({"model_num_layers": "None"}, "model.num_layers=None: 'None' is no int"),
+      ({"train_tau": "1e-1,2,0.1"}, "train.tau=1e-1,2,0.1: 0.1 is there twice"),
+      ({"train_tau": ""}, "train.tau=: a value is missing"),
+      ({"train_tau": "1,,2"}, "train.tau=1,,2: a value is missing"),
+      (
+        {"model_hidden_dim": "1,2"},
+        "model.hidden_dim: config.model.name=mam has no use for it; these "
+        "have: mlp.",
+      ),
+    ],
+  )
+  def test_that_are_wrong_are_named(self, lists, message):
+    assert _refusal(**lists).startswith(f"config.sweep.{message}")
+
+  def test_a_vote_alone_has_no_learning_rate(self):
+    message = _refusal(["vote"], train_learning_rate="1,2")
+    assert "config.model.name=vote has no use for it" in message
+
+
+class TestNames:
+  @pytest.mark.parametrize(
+    ("name", "near"),
+    [
+      ("sweep.train.learning_rat", "sweep.train.learning_rate"),
+      ("sweep.model.num_layer", "sweep.model.num_layers"),
+      ("sweep.model.mam.num_layers", "sweep.model.num_layers"),
+      # These cannot be swept.
+      ("sweep.train.lr_factors", "train.lr_factors"),
+      ("sweep.train.seeds", "train.seeds"),
+      # Not meant for a sweep.
+      ("num_layers", "model.mam.num_layers"),
+    ],
+  )
+  def test_that_are_unknown_get_the_nearest(self, name, near):
+    with pytest.raises(UserError) as caught:
+      check_overrides([f"--config.{name}=1,2"], configs.defaults())
+    assert str(caught.value).endswith(f"; did you mean config.{near}?")
+
+  def test_of_folders_are_safe_and_differ(self):
+    names = [
+      sweep.folder_name({"train.start_from": text})
+      for text in ("../a b", "../a/b", "x" * 300, "x" * 301)
+    ]
+    assert len({name.lower() for name in names}) == 4
+    assert names[0].startswith("start_from=.._a_b-")
+    for name in names:
+      assert len(name) < 255 and not set(name) & set("/\\: \"'")
+
+
+def _metrics(val, class_mean, test):
+  top1 = lambda x, mean: {"top1": {"all": x, "class_mean": mean}}
+  return {"val": top1(val, class_mean), "test": top1(test, test)}
+
+
+class TestChoice:
+  POINTS = {
+    "k=1": [_metrics(50.0, 70.0, 99.0), _metrics(60.0, 70.0, 99.0)],
+    "k=2": [_metrics(60.0, 10.0, 30.0), _metrics(70.0, 20.0, 40.0)],
+    "k=3": [_metrics(65.0, 11.0, 98.0), _metrics(65.0, 21.0, 98.0)],
+    "k=4": [_metrics(65.0, 16.0, 97.0), _metrics(65.0, 16.0, 97.0)],
+  }
+
+  def test_is_by_val_then_class_mean_then_order(self):
+    rows = sweep_table.rows("mam", self.POINTS)
+    order = list(dict.fromkeys(row["point"] for row in rows))
+    assert order == ["k=3", "k=4", "k=2", "k=1"]
+
+  def test_only_the_chosen_has_figures_of_test(self):
+    rows = sweep_table.rows("mam", self.POINTS)
+    assert {r["point"] for r in rows if r["split"] == "test"} == {"k=3"}
+    assert {r["mean"] for r in rows if r["split"] == "test"} == {98.0}
+    assert len([r for r in rows if r["split"] == "val"]) == 8
+
+  def test_table_and_flags(self):
+    settings = _settings(train_k="1,2", model_norm="None,pre")
+    trials = sweep.trials(settings, ["linear", "mam"])
+    mam = {t.point: t for t in trials["mam"]}
+    assert list(mam) == [
+      "k=1,norm=None",
+      "k=1,norm=pre",
+      "k=2,norm=None",
+      "k=2,norm=pre",
+    ]
+    found = {
+      trials["linear"][0]: self.POINTS["k=1"][:1],
+      mam["k=1,norm=None"]: self.POINTS["k=1"],
+      mam["k=2,norm=pre"]: self.POINTS["k=2"],
+    }
+    assert sweep.to_text(sweep.rows(found), settings).splitlines() == [
+      "Accuracy in percent, mean ± standard deviation over seeds; of each "
+      "model the best on val first:",
+      "| model  | k | norm | val all    | val class mean | test all   | test "
+      "class mean |",
+      "|--------|---|------|------------|----------------|------------|------"
+      "-----------|",
+      "| linear | 1 |      | 50.0       | 70.0           | 99.0       | 99.0  "
+      "          |",
+      "| mam    | 2 | pre  | 65.0 ± 7.1 | 15.0 ± 7.1     | 35.0 ± 7.1 | 35.0 ±"
+      " 7.1      |",
+      "| mam    | 1 | None | 55.0 ± 7.1 | 70.0 ± 0.0     |            |       "
+      "          |",
+      "Val alone chose (all, then class mean); test is shown of its choice.",
+      "Best of linear: --config.model.linear.train.k=1",
+      "Best of mam: --config.model.mam.train.k=2 --config.model.mam.norm=pre",
+    ]
+
+  def test_flags_say_what_no_flag_can(self):
+    config = configs.defaults()
+    config.model.mam.norm = "pre"
+    own = {"train.augment": "flip, crop(2)", "norm": None}
+    assert sweep.flags("mam", own, Settings(config)) == (
+      "'--config.model.mam.train.augment=flip, crop(2)' and c.model.mam.norm = "
+      "None in the config file"
+    )
+    # Nor needs to, where it is None already.
+    unset = Settings(configs.defaults())
+    assert sweep.flags("mam", {"norm": None}, unset) == ""
+
+
+@pytest.fixture
+def job(tmp_path):
+  """A real experiment of seconds: (its workdir, a config for it)."""
+  data = embeddings.write(tmp_path)
+
+  def config(models="mam", **lists):
+    c = embeddings.config(data, embeddings=str(data / "laion"))
+    c.model.name = models
+    c.memory.dtype = "bfloat16"
+    c.log.tensorboard = False
+    c.train.seeds = c.train.seeds_at_once = 2
+    c.train.epochs = c.model.mam.train.epochs = 4.0
+    c.train.checkpoint_epochs = 2.0
+    for name, text in lists.items():
+      section, _, key = name.partition("_")
+      c.sweep[section][key] = text
+    return c
+
+  return data / "work", config
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Labels of the trainings that were begun or gone on with."""
+  found = []
+  run_together = loop.Trainer.run_together
+
+  def counted(self, seeds, folders, *args):
+    found.append(folders[0].parent.name)
+    return run_together(self, seeds, folders, *args)
+
+  monkeypatch.setattr(loop.Trainer, "run_together", counted)
+  return found
+
+
+def _stop_at_save(monkeypatch, number):
+  """SIGTERM right after a save of the n-th training step that saves."""
+  save, count = books.Books.save, iter(range(1, 1000))
+
+  def saved(self, *args):
+    save(self, *args)
+    if next(count) == number:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(books.Books, "save", saved)
+
+
+def _set(config, line):
+  """What a line of flags does."""
+  for flag in shlex.split(line):
+    name, value = flag.removeprefix("--config.").split("=")
+    config.update_from_flattened_dict({name: json.loads(value)})
+
+
+def _params(folder):
+  with np.load(folder / "params.npz", allow_pickle=False) as found:
+    return {name: found[name] for name in found.files}
+
+
+def test_stopped_resumed_and_extended_each_point_is_trained_once(
+  job, trained, monkeypatch, capfd
+):
+  workdir, config = job
+  lists = {"train_learning_rate": "1e-4,1e-2", "model_num_layers": "1"}
+  slow, fast = (f"learning_rate={x},num_layers=1" for x in ("0.0001", "0.01"))
+
+  # It saves twice a run: stopped between the two of the second.
+  with monkeypatch.context() as patched:
+    _stop_at_save(patched, 3)
+    with pytest.raises(distributed.Preempted):
+      main.run(config(**lists), workdir, list(main.STAGES))
+  assert trained == [slow, fast]
+  assert "sweep: points to train: 2 of mam\n" in capfd.readouterr().err
+
+  text = main.run(config(**lists), workdir, list(main.STAGES))
+  assert trained == [slow, fast, fast]
+  said = capfd.readouterr().err
+  assert "sweep: points to train: 1 of mam\n" in said
+  assert "neighbors.png shows a run of runs/" in said
+  assert "read by nothing" not in said
+  assert sorted(p.name for p in workdir.iterdir() if p.is_dir()) == [
+    *("memory", "neighbors", "queries", "sweep", "working_set")
+  ]
+  assert not (workdir / "results.csv").exists()
+
+  # A run as the line of flags has it is the same to the last bit.
+  line = text.split("Best of mam: ")[1].splitlines()[0]
+  assert line == (
+    "--config.model.mam.train.learning_rate=0.01 "
+    "--config.model.mam.num_layers=1"
+  )
+  plain = config()
+  _set(plain, line)
+  main.run(plain, workdir, ["train"])
+  for seed in ("seed_0", "seed_1"):
+    swept = _params(workdir / "sweep" / "mam" / fast / seed)
+    alone = _params(workdir / "runs" / "mam" / seed)
+    assert swept.keys() == alone.keys() and "head/kernel" in swept
+    for name in swept:
+      np.testing.assert_array_equal(swept[name], alone[name])
+
+  # A value and a model more: what is there is left alone.
+  trained.clear()
+  lists["train_learning_rate"] = "3e-3,1e-2,1e-4"
+  text = main.run(config("linear,mam", **lists), workdir, ["train", "evaluate"])
+  assert sorted(trained) == [
+    *("learning_rate=0.0001", "learning_rate=0.003"),
+    *("learning_rate=0.003,num_layers=1", "learning_rate=0.01"),
+  ]
+  rows = json.loads((workdir / "sweep.json").read_text())
+  assert len((workdir / "sweep.csv").read_text().splitlines()) == 1 + len(rows)
+  of_test = {(r["model"], r["point"]) for r in rows if r["split"] == "test"}
+  assert {model for model, _ in of_test} == {"linear", "mam"}
+  first = {r["model"]: r["point"] for r in reversed(rows)}
+  assert of_test == set(first.items())
+  assert len({(r["model"], r["point"]) for r in rows}) == 6
+  assert {r["n_seeds"] for r in rows} == {2}
+  trained.clear()
+  config_now = config("linear,mam", **lists)
+  assert main.run(config_now, workdir, ["train", "evaluate"]) == text
+  assert not trained
+
+  # Other settings of the rest are another sweep.
+  changed = config(**lists)
+  changed.train.weight_decay = 0.3
+  with pytest.raises(UserError, match="train.weight_decay: 0.2 -> 0.3"):
+    main.run(changed, workdir, ["train"])
+
+
+def test_what_could_only_fail_late_is_refused_first(job, trained, capfd):
+  workdir, config = job
+  main.run(config(), workdir, ["embed", "search"])
+  for lists, message in (
+    ({"train_loss": "lace,lase"}, "lase"),
+    ({"train_keep": "last,best"}, "config.train.keep=best: nothing says"),
+    ({"model_residual": "query,querry"}, "did you mean 'query'"),
+  ):
+    with pytest.raises(UserError, match=message):
+      main.run(config(**lists), workdir, ["train"])
+  assert not trained and not (workdir / "sweep").exists()
+
+
+def test_points_that_differ_in_nothing_are_told(tmp_path):
+  settings = _settings(train_augment="none,flip", train_k="1,2")
+  made = {}
+  for trial in sweep.trials(settings, ["mam"])["mam"]:
+    train = train_settings(trial.settings, "mam")
+    folder = trial.folder(tmp_path, 0)
+    made[trial] = runs.Run("mam", {}, train, 0, folder, "data")
+  # Without fine-tuning there is nothing to augment.
+  assert sweep.same(made) == [
+    f"mam with augment=flip,k={k} is the same as with augment=none,k={k}: it "
+    "has no use for what differs"
+    for k in (1, 2)
+  ]
