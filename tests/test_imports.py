@@ -28,6 +28,7 @@ FLOORS = {
   "training": 3,
   "report": 4,
   "serving": 4,
+  "sweep": 4,
   "experiment": 5,
   "main": 5,
 }
@@ -146,6 +147,8 @@ _LAZY_ONLY = (
   "faiss",
   "tensorstore",
   "sentencepiece",
+  "clu",
+  "wandb",
 )
 
 

@@ -98,9 +98,9 @@ class TestGrid:
 
   def test_what_a_point_reads_is_read(self):
     settings = _settings(model_num_layers="1,2")
-    before = set(settings.unread())
-    assert not [n for n in before if n.startswith("sweep.model.num_layers")]
+    assert "sweep.model.num_layers" in settings.unread()
     trial = sweep.trials(settings, ["mam"])["mam"][1]
+    assert "sweep.model.num_layers" not in settings.unread()
     assert "model.mam.num_layers" in settings.unread()
     assert trial.settings.model.mam.num_layers == 2
     assert "model.mam.num_layers" not in settings.unread()
@@ -260,58 +260,58 @@ class TestChoice:
     assert sweep.flags("mam", {"norm": None}, unset) == ""
 
 
-@pytest.fixture
-def job(tmp_path):
-  """A real experiment of seconds: (its workdir, a config for it)."""
-  data = embeddings.write(tmp_path)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Data of a real experiment of seconds, embedded and searched in `work`."""
+  folder = embeddings.write(tmp_path_factory.mktemp("sweep"))
+  main.run(_config(folder), folder / "work", ["embed", "search"])
+  return folder
 
-  def config(models="mam", **lists):
-    c = embeddings.config(data, embeddings=str(data / "laion"))
-    c.model.name = models
-    c.memory.dtype = "bfloat16"
-    c.log.tensorboard = False
-    c.train.seeds = c.train.seeds_at_once = 2
-    c.train.epochs = c.model.mam.train.epochs = 4.0
-    c.train.checkpoint_epochs = 2.0
-    for name, text in lists.items():
-      section, _, key = name.partition("_")
-      c.sweep[section][key] = text
-    return c
 
-  return data / "work", config
+def _config(data, **lists):
+  c = embeddings.config(data, embeddings=str(data / "laion"))
+  c.model.name = "linear"
+  c.memory.dtype = "bfloat16"
+  c.log.tensorboard = False
+  c.train.epochs = 4.0
+  c.train.checkpoint_epochs = 2.0
+  for name, text in lists.items():
+    section, _, key = name.partition("_")
+    c.sweep[section][key] = text
+  return c
 
 
 @pytest.fixture
 def trained(monkeypatch):
-  """Labels of the trainings that were begun or gone on with."""
+  """Names of the points whose training was begun or gone on with."""
   found = []
-  run_together = loop.Trainer.run_together
+  run = loop.Trainer.run
 
-  def counted(self, seeds, folders, *args):
-    found.append(folders[0].parent.name)
-    return run_together(self, seeds, folders, *args)
+  def noted(self, seed, folder, *args):
+    found.append(folder.parent.name)
+    return run(self, seed, folder, *args)
 
-  monkeypatch.setattr(loop.Trainer, "run_together", counted)
+  monkeypatch.setattr(loop.Trainer, "run", noted)
   return found
 
 
-def _stop_at_save(monkeypatch, number):
-  """SIGTERM right after a save of the n-th training step that saves."""
-  save, count = books.Books.save, iter(range(1, 1000))
+def _stop_at_the_first_save(monkeypatch):
+  save, stops = books.Books.save, [signal.SIGTERM]  # a second one kills
 
   def saved(self, *args):
     save(self, *args)
-    if next(count) == number:
-      os.kill(os.getpid(), signal.SIGTERM)
+    if stops:
+      os.kill(os.getpid(), stops.pop())
 
   monkeypatch.setattr(books.Books, "save", saved)
 
 
 def _set(config, line):
-  """What a line of flags does."""
+  """Does what a line of flags does."""
   for flag in shlex.split(line):
     name, value = flag.removeprefix("--config.").split("=")
-    config.update_from_flattened_dict({name: json.loads(value)})
+    value = {"True": True}.get(value) or float(value)
+    config.update_from_flattened_dict({name: value})
 
 
 def _params(folder):
@@ -319,87 +319,86 @@ def _params(folder):
     return {name: found[name] for name in found.files}
 
 
-def test_stopped_resumed_and_extended_each_point_is_trained_once(
-  job, trained, monkeypatch, capfd
+def test_stopped_resumed_and_extended_it_trains_each_point_once(
+  data, trained, monkeypatch, capfd
 ):
-  workdir, config = job
-  lists = {"train_learning_rate": "1e-4,1e-2", "model_num_layers": "1"}
-  slow, fast = (f"learning_rate={x},num_layers=1" for x in ("0.0001", "0.01"))
-
-  # It saves twice a run: stopped between the two of the second.
+  workdir = data / "work"
+  fast, slow = (
+    "cosine=True,learning_rate=0.01",
+    "cosine=True,learning_rate=1e-05",
+  )
+  lists = {"model_cosine": "True", "train_learning_rate": "1e-2"}
   with monkeypatch.context() as patched:
-    _stop_at_save(patched, 3)
+    _stop_at_the_first_save(patched)
     with pytest.raises(distributed.Preempted):
-      main.run(config(**lists), workdir, list(main.STAGES))
-  assert trained == [slow, fast]
-  assert "sweep: points to train: 2 of mam\n" in capfd.readouterr().err
+      main.run(_config(data, **lists), workdir, ["train"])
+  main.run(_config(data, **lists), workdir, ["train"])
+  assert trained == [fast, fast]
+  metrics = workdir / "sweep" / "linear" / fast / "seed_0" / "metrics.jsonl"
+  assert len(metrics.read_text().splitlines()) == 16
 
-  text = main.run(config(**lists), workdir, list(main.STAGES))
-  assert trained == [slow, fast, fast]
+  # A value more: what is there is left alone.
+  lists["train_learning_rate"] = "1e-5,1e-2"
+  capfd.readouterr()
+  text = main.run(_config(data, **lists), workdir, list(main.STAGES))
+  assert trained == [fast, fast, slow]
   said = capfd.readouterr().err
-  assert "sweep: points to train: 1 of mam\n" in said
+  assert "sweep: points to train: 1 of linear\n" in said
   assert "neighbors.png shows a run of runs/" in said
-  assert "read by nothing" not in said
-  assert sorted(p.name for p in workdir.iterdir() if p.is_dir()) == [
-    *("memory", "neighbors", "queries", "sweep", "working_set")
-  ]
+  unread = said.split("read by nothing")[1]
+  assert "sweep" not in unread and "model.linear" not in unread
+  rows = json.loads((workdir / "sweep.json").read_text())
+  assert rows[0]["point"] == fast and rows[0]["n_seeds"] == 1
+  assert rows[0]["settings"] == {"cosine": True, "train.learning_rate": 0.01}
+  kinds = [(r["point"], r["split"]) for r in rows]
+  assert set(kinds) == {(fast, "val"), (fast, "test"), (slow, "val")}
+  lines = (workdir / "sweep.csv").read_text().splitlines()
+  assert lines[0] == "model,point,split,metric,group,mean,std,n_seeds"
+  assert len(lines) == 1 + len(rows) == 1 + 3 * 2 * 5
+  assert lines[1].startswith(f'linear,"{fast}",val,top1,all,')
+
+  # Once more, it does nothing and says the same.
+  again = main.run(_config(data, **lists), workdir, ["train", "evaluate"])
+  assert again == text and len(trained) == 3
+  assert not (workdir / "runs").exists()
   assert not (workdir / "results.csv").exists()
 
-  # A run as the line of flags has it is the same to the last bit.
-  line = text.split("Best of mam: ")[1].splitlines()[0]
+  # What the flags make without a sweep is the same to the last bit.
+  line = text.split("Best of linear: ")[1].splitlines()[0]
   assert line == (
-    "--config.model.mam.train.learning_rate=0.01 "
-    "--config.model.mam.num_layers=1"
+    "--config.model.linear.cosine=True "
+    "--config.model.linear.train.learning_rate=0.01"
   )
-  plain = config()
+  plain = _config(data)
   _set(plain, line)
   main.run(plain, workdir, ["train"])
-  for seed in ("seed_0", "seed_1"):
-    swept = _params(workdir / "sweep" / "mam" / fast / seed)
-    alone = _params(workdir / "runs" / "mam" / seed)
-    assert swept.keys() == alone.keys() and "head/kernel" in swept
-    for name in swept:
-      np.testing.assert_array_equal(swept[name], alone[name])
+  swept = _params(workdir / "sweep" / "linear" / fast / "seed_0")
+  alone = _params(workdir / "runs" / "linear" / "seed_0")
+  assert swept.keys() == alone.keys() and "head/kernel" in swept
+  for name in swept:
+    np.testing.assert_array_equal(swept[name], alone[name])
 
-  # A value and a model more: what is there is left alone.
-  trained.clear()
-  lists["train_learning_rate"] = "3e-3,1e-2,1e-4"
-  text = main.run(config("linear,mam", **lists), workdir, ["train", "evaluate"])
-  assert sorted(trained) == [
-    *("learning_rate=0.0001", "learning_rate=0.003"),
-    *("learning_rate=0.003,num_layers=1", "learning_rate=0.01"),
-  ]
-  rows = json.loads((workdir / "sweep.json").read_text())
-  assert len((workdir / "sweep.csv").read_text().splitlines()) == 1 + len(rows)
-  of_test = {(r["model"], r["point"]) for r in rows if r["split"] == "test"}
-  assert {model for model, _ in of_test} == {"linear", "mam"}
-  first = {r["model"]: r["point"] for r in reversed(rows)}
-  assert of_test == set(first.items())
-  assert len({(r["model"], r["point"]) for r in rows}) == 6
-  assert {r["n_seeds"] for r in rows} == {2}
-  trained.clear()
-  config_now = config("linear,mam", **lists)
-  assert main.run(config_now, workdir, ["train", "evaluate"]) == text
-  assert not trained
-
-  # Other settings of the rest are another sweep.
-  changed = config(**lists)
+  # The same points of other settings are refused.
+  changed = _config(data, **lists)
   changed.train.weight_decay = 0.3
-  with pytest.raises(UserError, match="train.weight_decay: 0.2 -> 0.3"):
+  with pytest.raises(UserError, match=r"weight_decay: 0\.\d+ -> 0.3"):
     main.run(changed, workdir, ["train"])
 
 
-def test_what_could_only_fail_late_is_refused_first(job, trained, capfd):
-  workdir, config = job
-  main.run(config(), workdir, ["embed", "search"])
-  for lists, message in (
+@pytest.mark.parametrize(
+  ("lists", "message"),
+  [
     ({"train_loss": "lace,lase"}, "lase"),
     ({"train_keep": "last,best"}, "config.train.keep=best: nothing says"),
     ({"model_residual": "query,querry"}, "did you mean 'query'"),
-  ):
-    with pytest.raises(UserError, match=message):
-      main.run(config(**lists), workdir, ["train"])
-  assert not trained and not (workdir / "sweep").exists()
+  ],
+)
+def test_what_would_fail_late_is_refused_first(data, trained, lists, message):
+  config = _config(data, **lists)
+  config.model.name = "mam"
+  with pytest.raises(UserError, match=message):
+    main.run(config, data / "work", ["train"])
+  assert not trained and not (data / "work" / "sweep" / "mam").exists()
 
 
 def test_points_that_differ_in_nothing_are_told(tmp_path):

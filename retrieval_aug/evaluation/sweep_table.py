@@ -33,12 +33,12 @@ def rows(model: str, points: dict[str, list[dict]]) -> list[dict[str, Any]]:
     means = {_figure(row): row["mean"] for row in own}
     ranked.append(([-means["val", "top1", g] for g in _GROUPS], own))
   ranked.sort(key=lambda scored: scored[0])
-  return [
-    row
-    for rank, (_, own) in enumerate(ranked)
-    for row in own
-    if row["split"] == "val" or rank == 0
-  ]
+  out = []
+  for rank, (_, own) in enumerate(ranked):
+    out += [row for row in own if row["split"] == "val"]
+    if rank == 0:
+      out += [row for row in own if row["split"] == "test"]
+  return out
 
 
 def _figure(row: dict[str, Any]) -> tuple[str, str, str]:

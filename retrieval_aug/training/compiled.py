@@ -83,7 +83,9 @@ class Compiled:
       out_shardings=(self.shardings, sharding.everywhere(mesh)),
     )
     self.steps_together = jax.jit(
-      _picking(jax.vmap(step, in_axes=(0, None, 0, None))), donate_argnums=0
+      _picking(jax.vmap(step, in_axes=(0, None, 0, None))),
+      donate_argnums=0,
+      out_shardings=sharding.everywhere(mesh),
     )
 
   def _make_step(self):
@@ -129,13 +131,22 @@ class Compiled:
 
   def init(self, seed: int) -> steps.State:
     """The state before the first step, each array made where it lies."""
-    make = jax.jit(self._fresh, out_shardings=self.shardings)
-    return make(np.uint32(seed), self._encoder_params)
+    return self._init(np.uint32(seed), self._encoder_params)
+
+  @functools.cached_property
+  def _init(self):
+    return jax.jit(self._fresh, out_shardings=self.shardings)
 
   def init_together(self, seeds: Sequence[int]) -> steps.State:
     """The states of several seeds, stacked."""
-    make = jax.jit(jax.vmap(lambda seed: self._fresh(seed, None)))
-    return make(np.asarray(seeds, np.uint32))
+    return self._init_together(np.asarray(seeds, np.uint32))
+
+  @functools.cached_property
+  def _init_together(self):
+    return jax.jit(
+      jax.vmap(lambda seed: self._fresh(seed, None)),
+      out_shardings=sharding.everywhere(self._mesh),
+    )
 
   def begin_with(self, state: steps.State, params: Any) -> steps.State:
     """A fresh state with other parameters.
@@ -160,10 +171,11 @@ class Compiled:
     state = jax.tree.map(on, self.shapes, self.shardings)
     step = self.step
     if together > 1:
-      like = jax.ShapeDtypeStruct
-      stacked = lambda x: like((together, *x.shape), x.dtype)
+      at = sharding.everywhere(self._mesh)
+      like = lambda x, *shape: jax.ShapeDtypeStruct(shape, x.dtype, sharding=at)
+      stacked = lambda x: like(x, together, *x.shape)
       state = jax.tree.map(stacked, state)
-      stacked = lambda x: like((x.shape[0], together, *x.shape[1:]), x.dtype)
+      stacked = lambda x: like(x, x.shape[0], together, *x.shape[1:])
       chunk = jax.tree.map(stacked, chunk)
       step = self.steps_together
     return step.trace(state, memory, chunk, np.int32(0), np.int32(0))

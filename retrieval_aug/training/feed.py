@@ -67,8 +67,9 @@ class Feed:
     each = [self._chunks(seed, first, last) for seed in seeds]
     put = self._put
     if len(seeds) > 1:  # on one device
-      put = lambda chunks: jax.device_put(
-        {n: np.stack([c[n] for c in chunks], axis=1) for n in chunks[0]}
+      put = lambda chunks: sharding.replicate(
+        {n: np.stack([c[n] for c in chunks], axis=1) for n in chunks[0]},
+        self._mesh,
       )
     chunks = input_pipeline.ahead(
       each[0] if len(seeds) == 1 else zip(*each), put

@@ -116,11 +116,13 @@ def _take(
 ) -> np.ndarray:
   """x[rows] in another dtype, read in parts by threads."""
   rows_flat = rows.reshape(-1)
+  if rows.size and rows_flat.max() >= len(x):
+    raise IndexError(f"row {rows_flat.max()} of {len(x)}")
   out = np.empty((rows.size, *x.shape[1:]), dtype)
 
   def part(first):
     chosen = slice(first, first + _CHUNK)
-    if x.dtype == dtype:  # without a copy, and without a look at each row
+    if x.dtype == dtype:  # without a copy; the rows were looked at above
       np.take(x, rows_flat[chosen], 0, out[chosen], mode="clip")
     else:
       out[chosen] = x[rows_flat[chosen]]

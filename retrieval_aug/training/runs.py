@@ -13,7 +13,13 @@ from flax import linen as nn
 from retrieval_aug import models
 from retrieval_aug.common import distributed, files, manifest, progress
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.training import augment, finetune, loop, start
+from retrieval_aug.training import (
+  augment,
+  finetune,
+  loop,
+  placement,
+  start,
+)
 from retrieval_aug.training.checkpoint import load_params, save_params
 from retrieval_aug.training.data import Data
 from retrieval_aug.training.settings import Layout, Telling, TrainSettings
@@ -158,17 +164,43 @@ def train(
   trainer = _trainer(todo[0], data, finetuning, layout, telling)
   if not trainer.compiled.shapes.params:
     trainer.total_steps = 0
-  together = max(1, seeds_at_once)
-  if together > 1 and not trainer.can_train_together():
-    progress.note(
-      f"{label}: one seed after the other, whatever train.seeds_at_once says: "
-      "together they train on one device, on stored queries, with the working "
-      "set on it and train.keep=last"
-    )
-    together = 1
+  together = _at_once(trainer, todo, seeds_at_once, label)
   _note(todo, trainer, data, together)
   for i in range(0, len(todo), together):
     _train(trainer, todo[i : i + together])
+
+
+def _at_once(
+  trainer: loop.Trainer, todo: list[Run], wanted: int, label: str
+) -> int:
+  """How many seeds train together: as many as wanted, where that can be."""
+  wanted = min(wanted, len(todo))
+  if wanted < 2 or not trainer.total_steps:
+    return 1
+  if todo[0].start is not None or not trainer.can_train_together():
+    progress.note(
+      f"{label}: one seed after the other, whatever train.seeds_at_once says: "
+      "together they train on one device, from random parameters, on stored "
+      "queries, with the working set on the device and train.keep=last"
+    )
+    return 1
+  needs, free = _needs(trainer, wanted), placement.free_bytes()
+  if needs <= free:
+    return wanted
+  fit = max(1, int(wanted * free / needs))
+  progress.note(
+    f"{label}: train.seeds_at_once={fit}, not {wanted}: so many need "
+    f"{needs / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+  )
+  return fit
+
+
+def _needs(trainer: loop.Trainer, together: int) -> int:
+  """Bytes that a step of several seeds takes beside the working set."""
+  # What is compiled is not compiled again to train.
+  found = trainer.traced(together).lower().compile().memory_analysis()
+  asked = found.argument_size_in_bytes + found.temp_size_in_bytes
+  return asked - _bytes(trainer.placed.memory)
 
 
 def _trainer(run: Run, data: Data, finetuning, layout, telling) -> loop.Trainer:
@@ -241,7 +273,7 @@ def _train_together(trainer, runs: list[Run], stack) -> list[Any]:
     seeds,
     [run.folder for run in runs],
     shared,
-    f"train {runs[0].model_name} {name}",
+    f"train {runs[0].model_name}",
   )
   stack.callback(shutil.rmtree, shared)
   return params

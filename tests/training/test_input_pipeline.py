@@ -3,6 +3,8 @@
 How shards are joined with examples is tested in tests/memory/test_neighbors.
 """
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -115,3 +117,92 @@ def test_evaluation_sees_every_example_once_and_in_order(batch_size):
     assert len(batch["number"]) == len(batch["query"]) == batch_size
     seen += batch["number"][:count].tolist()
   assert seen == list(range(N))
+
+
+def _batches(local=None, first=0, last=7):
+  return list(
+    input_pipeline.train_batches(
+      {"number": np.arange(N)},
+      batch_size=BATCH,
+      seed=3,
+      first_step=first,
+      last_step=last,
+      local=local,
+    )
+  )
+
+
+def test_processes_prepare_their_parts_of_the_same_batches():
+  parts = np.array([0, 3]), np.array([1, 2, 4])
+  one, two = (_batches(local) for local in parts)
+  for number, whole in enumerate(_batches()):
+    joined = np.empty(BATCH, int)
+    for local, part in zip(parts, (one, two)):
+      joined[local] = part[number]["number"]
+    np.testing.assert_array_equal(joined, whole["number"])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 8])
+def test_chunks_are_the_batches_however_many_make_one(at_once):
+  chunks = list(
+    input_pipeline.train_chunks(
+      {"number": np.arange(N)}, BATCH, 3, 2, 9, np.arange(BATCH), at_once
+    )
+  )
+  assert {c["number"].shape for c in chunks} == {(at_once, BATCH)}
+  found = np.concatenate([c["number"] for c in chunks])
+  expected = [b["number"] for b in _batches(first=2, last=9)]
+  np.testing.assert_array_equal(found[:7], expected)
+
+
+def test_half_precision_comes_as_it_is():
+  queries = np.linspace(-1, 1, 3 * N).reshape(N, 3).astype(np.float16)
+  (batch,) = input_pipeline.train_batches(
+    {"number": np.arange(N), "query": queries},
+    batch_size=BATCH,
+    seed=0,
+    first_step=0,
+    last_step=1,
+  )
+  np.testing.assert_array_equal(batch["query"], queries[batch["number"]])
+  assert batch["query"].dtype == np.float16
+
+
+def test_numbers_are_those_of_the_batches():
+  found = input_pipeline.numbers(np.arange(4 * BATCH), N, seed=3)
+  assert found.reshape(4, BATCH).tolist() == GOLDEN
+
+
+class TestAhead:
+  def test_gives_what_was_prepared_in_order(self):
+    found = input_pipeline.ahead(range(7), lambda x: 2 * x)
+    assert list(found) == [0, 2, 4, 6, 8, 10, 12]
+
+  def test_prepares_so_many_before_they_are_taken(self):
+    begun, enough = [], threading.Event()
+
+    def prepare(x):
+      begun.append(x)
+      if x == 3:
+        enough.set()
+      return x
+
+    found = input_pipeline.ahead(range(100), prepare, depth=3)
+    assert next(found) == 0
+    assert enough.wait(60)  # 1 to 3 while nobody takes them
+    found.close()
+    assert max(begun) <= 4
+
+  def test_an_error_comes_where_its_item_would_have(self):
+    def prepare(x):
+      if x == 2:
+        raise ValueError("item 2")
+      return x
+
+    found = input_pipeline.ahead(range(5), prepare)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ValueError, match="item 2"):
+      next(found)
+
+  def test_of_nothing_is_nothing(self):
+    assert list(input_pipeline.ahead([], lambda x: x)) == []
