@@ -129,7 +129,8 @@ class Contender:
       traced: the step.
       state: where it begins.
       memory: what the step takes.
-      batches: those from a step on, on the device.
+      batches: those from a step on, on the device, each as the arguments of
+        the step between the memory and its number.
       batch_size: B.
     """
     self._compiled = traced.lower().compile()
@@ -141,10 +142,11 @@ class Contender:
     with contextlib.closing(batches(0)) as some:
       self.fixed = next(some)
 
-  def step(self, batch: Any) -> steps.Metrics:
+  def step(self, batch: tuple[Any, ...]) -> steps.Metrics:
     """Starts a step."""
-    number = np.int32(self._done)
-    self._state, told = self._compiled(self._state, self._memory, batch, number)
+    self._state, told = self._compiled(
+      self._state, self._memory, *batch, np.int32(self._done)
+    )
     self._done += 1
     return told
 
@@ -192,11 +194,18 @@ def ours(of: Set, batch_size: int, **options: Any) -> Contender:
   made = trainer(of, batch_size, **options)
   ids = of.data.examples["train"].ids
   source = feed.Feed(of.train, ids, made.placed, made.mesh, batch_size)
+
+  def batches(first: int) -> Iterator[Any]:
+    chunks = source.ahead([0], first, first + _ENDLESS)
+    with contextlib.closing(chunks):
+      for chunk, place in chunks:
+        yield chunk, np.int32(place)
+
   return Contender(
     made.traced(),
     made.compiled.init(0),
     made.placed.memory,
-    lambda first: source.ahead([0], first, first + _ENDLESS),
+    batches,
     batch_size,
   )
 
@@ -236,7 +245,7 @@ def usual(
     del first  # they are drawn anyway
     paths = copied_neighbors.paths(copies)
     found = copied_neighbors.batches(paths, sizes.neighbors, batch_size)
-    return input_pipeline.ahead(found, put)
+    return input_pipeline.ahead(found, lambda batch: (put(batch),))
 
   step = steps.make_train_step(
     steps.make_loss(model, chosen.make_loss(of.data.class_counts)), adam
@@ -245,7 +254,7 @@ def usual(
   with contextlib.closing(batches(0)) as some:
     example = next(some)
   traced = jax.jit(step, donate_argnums=0).trace(
-    state, nothing, example, np.int32(0)
+    state, nothing, *example, np.int32(0)
   )
   return Contender(traced, state, nothing, batches, batch_size)
 
@@ -269,12 +278,13 @@ def copied(of: Set) -> manifest.Artifact:
 
 def check_same(of: Set, found: dict[str, Contender]) -> None:
   """Compares the first losses, on one batch: all train the same model."""
-  batch = found["ours"].fixed
+  chunk, place = found["ours"].fixed
+  batch = {name: x[place] for name, x in chunk.items()}
   rows = np.asarray(batch["rows"])
   keys, values = of.data.memory.keys[rows], of.data.memory.values[rows]
   copies = batch | {"neighbors": placement.Memory(keys, values)}
   losses = {
-    name: float(one.step(batch if name == "ours" else copies).loss)
+    name: float(one.step((chunk, place) if name == "ours" else (copies,)).loss)
     for name, one in found.items()
   }
   np.testing.assert_allclose(

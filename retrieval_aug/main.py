@@ -80,6 +80,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", -1, "Which of them this is, from 0."
 )
+_START_TIMEOUT = flags.DEFINE_float(
+  "start_timeout", 300.0, "Seconds to wait until all processes have started."
+)
 _BARRIER_TIMEOUT = flags.DEFINE_float(
   "barrier_timeout",
   600.0,
@@ -131,6 +134,9 @@ def run(
 def _run(
   config: Any, workdir: pathlib.Path, stages: list[str], runner: Runner
 ) -> str:
+  given = {f"--config.{name}": value for name, value in changed(config).items()}
+  given["--stages"] = ",".join(stages)
+  distributed.agree(given, "the settings")
   experiment = Experiment(config, workdir, runner)
   first = distributed.is_first()
   with files.lock(workdir) if first else contextlib.nullcontext():
@@ -217,6 +223,19 @@ def _fail(message: str) -> None:
   sys.exit(1)
 
 
+def _job(workdir: pathlib.Path, runner: Runner) -> str:
+  """What the flags ask for; returns what to print."""
+  if _ESTIMATE.value:
+    return Experiment(_CONFIG.value, workdir).retrieval.estimate()
+  try:
+    with distributed.collectives():
+      return run(_CONFIG.value, workdir, list(_STAGES.value), runner)
+  except distributed.Preempted as stopped:
+    print(f"{stopped}; the same command goes on.", file=sys.stderr)
+    distributed.shutdown()  # or the first to end were taken for one that failed
+    sys.exit(distributed.EXIT_PREEMPTED)
+
+
 def main(arguments: list[str]) -> None:
   """Runs the job that the flags describe."""
   if len(arguments) > 1:
@@ -239,19 +258,13 @@ def main(arguments: list[str]) -> None:
       _NUM_PROCESSES.value,
       _PROCESS_ID.value,
       auto=_DISTRIBUTED.value,
+      timeout=_START_TIMEOUT.value,
       barrier_timeout=_BARRIER_TIMEOUT.value,
     )
-    if _ESTIMATE.value:
-      text = Experiment(_CONFIG.value, workdir).retrieval.estimate()
-    else:
-      with distributed.collectives():
-        text = run(_CONFIG.value, workdir, list(_STAGES.value), runner)
-      distributed.shutdown()
+    text = _job(workdir, runner)
+    distributed.shutdown()
   except UserError as error:
     _fail(str(error))
-  except distributed.Preempted as stopped:
-    print(f"{stopped}; the same command goes on.", file=sys.stderr)
-    sys.exit(distributed.EXIT_PREEMPTED)
   except KeyboardInterrupt:
     _fail("interrupted; the same command goes on where this one stopped.")
   if text:

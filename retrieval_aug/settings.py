@@ -80,10 +80,10 @@ def _leaves(config: ml_collections.ConfigDict) -> Iterator[str]:
       yield name
 
 
-def changed(config: ml_collections.ConfigDict) -> list[str]:
-  """Dotted names of leaves whose value is not the default."""
+def changed(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Leaves whose value is not the default, by their dotted names."""
   base = dict(_flat(configs.defaults()))
-  return [n for n, v in _flat(config) if n not in base or base[n] != v]
+  return {n: v for n, v in _flat(config) if n not in base or base[n] != v}
 
 
 def _flat(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any]]:

@@ -10,11 +10,13 @@ or died".)
 import atexit
 import collections
 import contextlib
+import json
 import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from retrieval_aug.common import rendezvous
 from retrieval_aug.common.errors import UserError
@@ -151,16 +153,27 @@ def barrier(name: str, timeout: float | None = None) -> None:
     _group.exchange(name, timeout=timeout)
 
 
-def agree(value: int | str, what: str) -> None:
+def agree(value: int | str | dict[str, Any], what: str) -> None:
   """Raises a `UserError` in all processes unless `value` is the same in all.
 
   Args:
-    value: for example a fingerprint.
+    value: for example a fingerprint; of a dict, the first entry that differs is
+      named.
     what: its name, for messages.
   """
   if _group is None:
     return
-  values = _group.exchange(what, str(value))
+  told = _group.exchange(what, json.dumps(value, default=str))
+  told = [json.loads(x) for x in told]
+  if not isinstance(value, dict):
+    _compare([str(x) for x in told], what)
+    return
+  for name in sorted(set().union(*told)):
+    _compare([str(x.get(name, "not set")) for x in told], name)
+
+
+def _compare(values: list[str], what: str) -> None:
+  """Raises a `UserError` that names the processes whose value is odd."""
   usual = collections.Counter(values).most_common(1)[0][0]
   odd = [i for i, x in enumerate(values) if x != usual]
   if odd:

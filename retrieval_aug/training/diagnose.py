@@ -180,6 +180,7 @@ def message(
   step: int,
   ids: Sequence[str],
   saved: str | None = None,
+  processes: int = 1,
 ) -> str:
   """The one line that a `UserError` says.
 
@@ -189,9 +190,16 @@ def message(
     step: the step that failed, counted as in `metrics.jsonl`.
     ids: of the examples of the batch, [B].
     saved: path of the file that has the `report`, if there is one.
+    processes: how many have a part of the batch each, of which this is one.
   """
   everyone = _some(ids, saved)
   end = "The last good checkpoint is kept."
+  if bad is None and processes > 1:
+    return (
+      f"{what}: step {step} is not finite, but is when computed on this "
+      f"process's part of the batch alone, {everyone}; see what the other "
+      f"processes say. {end}"
+    )
   if bad is None:
     return (
       f"{what}: the loss or its gradient is not finite at step {step}, but is "

@@ -1,5 +1,6 @@
 """Stops a run at a step that was not done, and says what was wrong in it."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retrieval_aug.common import files
+from retrieval_aug.common import distributed, files
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.training import diagnose
 from retrieval_aug.training.step import Memory, State, inputs
@@ -62,6 +63,16 @@ def stop(
     path = folder / f"nan_step_{step}_process_{jax.process_index()}.json"
     files.write_json(path, diagnose.report(bad, step, ids))
     saved = str(path)
+  # The first to end would cut the others short.
+  with contextlib.suppress(UserError):
+    distributed.barrier(f"what was wrong in step {step}")
   raise UserError(
-    diagnose.message(bad, what=what, step=step, ids=ids, saved=saved)
+    diagnose.message(
+      bad,
+      what=what,
+      step=step,
+      ids=ids,
+      saved=saved,
+      processes=jax.process_count(),
+    )
   )

@@ -1,4 +1,4 @@
-"""Trains and evaluates in children that are killed at random moments.
+"""Trains by the main program in children that are ended at random moments.
 
 Run as a program by `test_kills.py`. This process imports everything and starts
 nothing, so that each child, a fork of it, begins with the work at once; what
@@ -8,113 +8,146 @@ Moments are counted in operations on files, not in seconds: how many there are
 does not depend on how busy the machine is, and most are those of checkpoints.
 
   python -m tests.training.killed_training FOLDER KILLS STOPS SEED
+
+It is also the config file of its children: --config=THIS:FOLDER.
 """
 
+import atexit
 import collections
 import hashlib
 import json
 import os
 import pathlib
 import re
+import runpy
+import shutil
 import signal
 import sys
 import threading
+from typing import NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
+from retrieval_aug import experiment  # noqa: F401 - what children need
 from retrieval_aug.common import distributed, tf
-from retrieval_aug.training import evaluations, input_pipeline, runs
-from retrieval_aug.training.data import Data
-from tests.training import tiny
+from tests.end_to_end import embeddings
 
-# 18 steps with a checkpoint after every second, and after every third, which is
+# Checkpoints are due after every second step, and after every third, which is
 # looked at.
-TRAIN = tiny.SETTINGS | {
-  "epochs": 4.0,
-  "learning_rate": 0.02,
-  "warmup_epochs": 0.5,
-  "checkpoint_epochs": 0.43,
-  "eval_epochs": 0.65,
-  "keep": "best",
-  "ema": 0.5,
-  "accumulate": 2,
-  "mixup": 0.2,
-  "k": 5,
-  "seeds": 1,
-  "post_hoc_tau": 0.0,
-}
-OPTIONS = {"num_layers": 1, "neighbor_dropout": 0.3}
-SPLITS = {"train": tiny.N, "val": 11, "test": 13}
+STEPS = 18
+NOT_DUE = 7
+
+SPLITS = {"train": 63, "val": 9, "test": 18}
 
 _TOO_LONG = 300  # seconds, for a child that hangs
 
-# Files with times, and those whose bytes Orbax chooses.
-_NOT_COMPARED = ("manifest.json", "summary.json", "speed.jsonl", ".lock")
+# Files with times.
+_NOT_COMPARED = ("manifest.json", "summary.json", "speed.jsonl", "stages.json")
+
+_SAVED = re.compile(
+  rf"train mam seed 0: stopped and saved after step (\d+) of {STEPS}; the same "
+  "command goes on.\n"
+)
 
 
-def _data() -> Data:
-  arrays = {s: tiny.examples(n, i) for i, (s, n) in enumerate(SPLITS.items())}
-  # No class that can be learned: of the six looks, the first two are the best,
-  # and equal.
-  labels = np.random.default_rng(2).integers(0, tiny.CLASSES, SPLITS["val"])
-  arrays["val"]["label"] = labels.astype(np.int32)
-  return Data(
-    examples={
-      s: input_pipeline.Examples(
-        [f"{s}/{i}" for i in range(len(x["label"]))],
-        x["label"],
-        x["query"],
-        x["rows"],
-        np.zeros(x["rows"].shape, np.float32),
-      )
-      for s, x in arrays.items()
-    },
-    memory=tiny.memory(),
-    rows={s: x["rows"] for s, x in arrays.items()},
-    class_counts=np.bincount(arrays["train"]["label"]),
-    source_names=["a"],
-    fingerprint="data-1",
-  )
+class End(NamedTuple):
+  """How a child is ended.
+
+  Attributes:
+    signal: that it sends to itself; 0 leaves it alone.
+    operation: on files of its folder, after which it does so.
+    delay: seconds after that.
+    step: of training, after which it does so, in place of an operation.
+  """
+
+  signal: int = 0
+  operation: int = 0
+  delay: float = 0.0
+  step: int = 0
 
 
-def work(folder: pathlib.Path) -> None:
-  """All that is missing in a folder."""
-  run = runs.Run("mam", OPTIONS, TRAIN, 0, folder, "data-1")
-  data = _data()
-  runs.train([run], data)
-  evaluations.evaluate([run], data, batch_size=8, shot_groups="paper")
+def get_config(folder: str) -> ml_collections.ConfigDict:
+  data = pathlib.Path(folder) / "data"
+  c = embeddings.config(data, embeddings=str(data / "laion"))
+  c.log.tensorboard = False  # of which a file has its time in its name
+  c.model.name = "mam"
+  c.model.mam.num_layers = 1
+  c.model.mam.neighbor_dropout = 0.3
+  steps = lambda n: n * c.train.batch_size / SPLITS["train"]
+  c.model.mam.train = {
+    "epochs": steps(STEPS),
+    "warmup_epochs": steps(2),
+    "checkpoint_epochs": steps(2),
+    "eval_epochs": steps(3),
+    "keep": "best",
+    "ema": 0.5,
+    "accumulate": 2,
+    "mixup": 0.2,
+  }
+  return c
 
 
-def digests(folder: pathlib.Path) -> dict[str, str]:
+def write_data(folder: pathlib.Path) -> None:
+  """As `embeddings.write`, with labels on val that have nothing to learn.
+
+  Two of the six looks are equal and the best, and not the last.
+  """
+  folder.mkdir()
+  embeddings.write(folder)
+  labels = np.arange(90) % embeddings.CLASSES
+  splits = np.repeat(list(SPLITS), list(SPLITS.values()))
+  labels[splits == "val"] = np.random.default_rng(4).integers(0, 3, 9)
+  rows = [f"class {label},{split}" for label, split in zip(labels, splits)]
+  (folder / "labels.csv").write_text("\n".join(["label,split", *rows]))
+
+
+def digests(workdir: pathlib.Path) -> dict[str, str]:
   """Of all files that a result is in."""
   out = {}
-  for path in sorted(folder.rglob("*")):
-    name = str(path.relative_to(folder))
-    if name.startswith("checkpoints/") or path.name in _NOT_COMPARED:
+  for path in sorted(workdir.rglob("*")):
+    name = str(path.relative_to(workdir))
+    if "/checkpoints/" in name or path.name in (*_NOT_COMPARED, ".lock"):
       continue
     if path.is_file():
       out[name] = hashlib.sha256(path.read_bytes()).hexdigest()
   return out
 
 
-def saved(folder: pathlib.Path) -> set[int]:
+def saved(workdir: pathlib.Path) -> set[int]:
   """Steps of all checkpoints."""
-  return {int(p.name) for p in (folder / "checkpoints").iterdir()}
+  folder = workdir / "runs" / "mam" / "seed_0" / "checkpoints"
+  return {int(p.name) for p in folder.iterdir()}
 
 
-def _end_at(
-  folder: pathlib.Path, number: int = 0, delay: float = 0.0, sign: int = 0
-) -> list[str]:
-  """Sends a signal some seconds after the `number`-th operation on files.
+def start(workdir: pathlib.Path, stages: str, end: End) -> int:
+  """A child that gives the command; its number."""
+  pid = os.fork()
+  if pid:
+    return pid
+  signal.alarm(_TOO_LONG)
+  said = os.open(f"{workdir}.err", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+  os.dup2(said, 2)
+  done = _end_after_operation(workdir, end)
+  told = pathlib.Path(f"{workdir}.operations")
+  atexit.register(lambda: told.write_text(str(len(done))))
+  if end.step:
+    _end_after_step(end)
+  sys.argv = [
+    "main",
+    f"--config={__file__}:{workdir.parent}",
+    f"--workdir={workdir}",
+    f"--stages={stages}",
+  ]
+  runpy.run_module("retrieval_aug.main", run_name="__main__")
+  raise AssertionError("the main program exits")
 
-  Returns:
-    A list that grows with each operation.
-  """
-  inside, done = os.fspath(folder) + os.sep, []
 
-  def send():
-    os.kill(os.getpid(), sign)
+def _end_after_operation(workdir: pathlib.Path, end: End) -> list[str]:
+  """Returns a list that grows with each operation on files in a folder."""
+  inside, done = os.fspath(workdir) + os.sep, []
+  send = lambda: os.kill(os.getpid(), end.signal)
 
   def hook(event, arguments):
     if not event.startswith(("os.", "open", "shutil.")) or not arguments:
@@ -124,55 +157,42 @@ def _end_at(
       path = os.fspath(path)
     if isinstance(path, str) and path.startswith(inside):
       done.append(event)
-      if len(done) == number:
-        threading.Timer(delay, send).start() if delay else send()
+      if len(done) == end.operation:
+        threading.Timer(end.delay, send).start() if end.delay else send()
 
   sys.addaudithook(hook)
   return done
 
 
-def start(folder: pathlib.Path, *end) -> tuple[int, int]:
-  """A child at work: its number, and a pipe with what it says in the end.
+def _end_after_step(end: End) -> None:
+  """Sends the signal just before training looks whether it came."""
+  reached = distributed.Preemption.reached
 
-  Args:
-    folder: that it works in.
-    *end: how it is ended; see `_end_at`.
-  """
-  reading, writing = os.pipe()
-  pid = os.fork()
-  if pid:
-    os.close(writing)
-    return pid, reading
-  code = 1
-  try:
-    signal.alarm(_TOO_LONG)
-    done = _end_at(folder, *end)
-    work(folder)
-    os.write(writing, str(len(done)).encode())
-    code = 0
-  except distributed.Preempted as stopped:
-    os.write(writing, str(stopped).encode())
-    code = distributed.EXIT_PREEMPTED
-  finally:
-    sys.stderr.flush()
-    os._exit(code)
+  def reached_at(self, step):
+    if step == end.step:
+      signal.raise_signal(end.signal)
+    return reached(self, step)
+
+  distributed.Preemption.reached = reached_at
 
 
-def wait(child: tuple[int, int]) -> tuple[int, str]:
-  """How a child ended, as `subprocess` has it, and what it said."""
-  pid, reading = child
-  with open(reading) as pipe:
-    said = pipe.read()
-  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+def run(workdir: pathlib.Path, end: End, stages: str) -> tuple[int, str]:
+  """Gives the command in a child: its exit code, and what it said."""
+  _, status = os.waitpid(start(workdir, stages, end), 0)
+  said = pathlib.Path(f"{workdir}.err").read_text()
+  return os.waitstatus_to_exitcode(status), said
 
 
-def check_stopped(folder: pathlib.Path, said: str) -> None:
+def train(workdir: pathlib.Path, end: End) -> tuple[int, str]:
+  """What is tested."""
+  return run(workdir, end, "train,evaluate")
+
+
+def check_stopped(workdir: pathlib.Path, said: str) -> int:
   """That the step which a stopped child names is the one that is saved."""
-  step = re.fullmatch(
-    r"train mam seed 0: stopped and saved after step (\d+) of 18", said
-  )
-  assert step, said
-  assert max(saved(folder)) == int(step[1]), (said, saved(folder))
+  step = int(_SAVED.search(said)[1])
+  assert max(saved(workdir)) == step, (step, saved(workdir))
+  return step
 
 
 def main() -> None:
@@ -182,37 +202,54 @@ def main() -> None:
   jax.config.update("jax_compilation_cache_dir", os.fspath(folder / "cache"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  code, said = wait(start(folder / "whole"))
-  assert code == 0
-  expected, operations = digests(folder / "whole"), int(said)
-  assert saved(folder / "whole") == {6, 18}, saved(folder / "whole")
+  write_data(folder / "data")
+
+  code, said = run(folder / "prepared", End(), "embed,search")
+  assert code == 0, said
+  prepare = lambda name: shutil.copytree(folder / "prepared", folder / name)
+  whole = prepare("whole")
+  code, said = train(whole, End())
+  assert code == 0, said
+  expected = digests(whole)
+  kept = saved(whole)
+  assert len(kept) == 2 and max(kept) == STEPS, kept
+  operations = int(pathlib.Path(f"{whole}.operations").read_text())
+
+  place = prepare("place_0")
+  code, said = train(place, End(signal.SIGTERM, step=NOT_DUE))
+  assert code == distributed.EXIT_PREEMPTED, (code, said)
+  assert check_stopped(place, said) == NOT_DUE
 
   rng = np.random.default_rng(seed)
-  signals = rng.permutation([signal.SIGKILL] * kills + [signal.SIGTERM] * stops)
-  signals, number, told = list(signals), 0, collections.Counter()
+  signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * stops
+  signals = rng.permutation(signals).tolist()
+  number, told = 0, collections.Counter()
   while signals or told["finished"] < number + 1:
     # A child goes on with what the one before left; one that is left alone in
     # the end, or that was quicker than its signal, finishes a folder.
-    place, end = folder / f"place_{number}", ()
+    end = End()
     if signals:
       # Each does at most half of the work.
       at, delay = rng.integers(1, operations // 2), rng.uniform(0, 0.05)
-      end = int(at), delay * rng.integers(2), int(signals[-1])
-    code, said = wait(start(place, *end))
-    print(place.name, *end, code, said, flush=True)
+      end = End(signals[-1], int(at), delay * rng.integers(2))
+    code, said = train(place, end)
+    print(place.name, end, code, flush=True)
     if code == distributed.EXIT_PREEMPTED:
       check_stopped(place, said)
     if code != 0:
       # SIGTERM before the first step or after the last ends it at once.
-      assert -code == end[2] or code == distributed.EXIT_PREEMPTED
+      assert code in (-end.signal, distributed.EXIT_PREEMPTED), (code, said)
       told[code] += 1
       signals.pop()
       continue
     told["finished"] += 1
-    assert digests(place) == expected, (digests(place), expected)
-    # A kill just before the last but one is deleted leaves it there.
-    assert {6, 18} <= saved(place) <= {6, 16, 18}, saved(place)
-    number += bool(signals)
+    found = digests(place)
+    assert found == expected, sorted(set(found.items()) ^ set(expected.items()))
+    # A kill before the last but one is deleted leaves it there.
+    assert kept <= saved(place) <= kept | {STEPS - 2}
+    if signals:
+      number += 1
+      place = prepare(f"place_{number}")
   print(json.dumps(told))
 
 

@@ -1,6 +1,6 @@
 """A process of test_processes.py, of two: ADDRESS PROCESS FOLDER.
 
-Trains in `FOLDER/work`, which is shared, and leaves what it saw in
+Trains in `FOLDER/work`, which both see, and leaves what it saw in
 `FOLDER/process_<n>.npz` and `.json`.
 """
 
@@ -15,100 +15,130 @@ import time
 import jax
 import numpy as np
 
+from retrieval_aug import models
 from retrieval_aug.common import distributed, stopping
 from retrieval_aug.common.errors import UserError
-from retrieval_aug.training import feed, predict, sharding
-from retrieval_aug.training.placement import Placed
+from retrieval_aug.memory.key_transform import KeyTransform
+from retrieval_aug.training import input_pipeline, loop, predict, sharding
+from retrieval_aug.training.finetune import FineTuning
 from retrieval_aug.training.settings import Layout
-from tests.training import test_finetune, tiny
+from tests.training import tiny, tiny_images
 
-# Each value of each setting comes once: they do not know of each other.
+# `replicated` and `replicate` are trained in tests/end_to_end/test_processes.py.
 LAYOUTS = {
-  "replicated": Layout(placement="replicated", sharding="replicate"),
   "sharded": Layout(placement="sharded", sharding="fsdp"),
   "host": Layout(model=2, placement="host", sharding="tensor"),
 }
 SETTINGS = {"ema": 0.5, "eval_epochs": 1.0}
+BATCH = tiny.SETTINGS["batch_size"]
 IDS = [f"id/{i}" for i in range(tiny.N)]
 
 
-class Seen:
-  """What this process saw, by names with slashes."""
+class Pictures:
+  """As `images.Images`, of images that are made when they are asked for."""
+
+  size = tiny_images.SIZE
 
   def __init__(self):
-    self.batches, self.neighbors, self.images = [], [], []
-    self.writes: set[str] = set()
-    self.predicted = None
-    self.facts, self.arrays = {}, {}
+    self.decoded = []
+
+  def __len__(self) -> int:
+    return tiny.N
+
+  def image(self, number: int) -> np.ndarray:
+    self.decoded.append(int(number))
+    return tiny_images.image(int(number))
+
+
+def finetuning_trainer(pictures: Pictures) -> loop.Trainer:
+  """Trains an encoder under a linear classifier: 5 steps."""
+  train = tiny.examples()
+  return loop.Trainer(
+    models.build("linear", tiny.CLASSES),
+    tiny.settings(finetune=True, augment="inception_crop(0.5), flip", epochs=1),
+    tiny.memory(),
+    train,
+    np.bincount(train["label"]),
+    FineTuning(
+      tiny_images.encoder(),
+      KeyTransform(np.zeros(tiny.D, np.float32), None),
+      {"train": pictures},
+    ),
+  )
+
+
+class Seen:
+  """What this process saw: numbers by names with slashes, and facts."""
+
+  def __init__(self):
+    self.arrays, self.facts = {}, {}
+    self._fed, self._predicted, self._writes = [], None, set()
 
   def watch(self, work: pathlib.Path) -> None:
     """Looks on from now on; `work` is where files count."""
     put, call = sharding.put_batch, predict.Predictor.__call__
 
     def seen_put(batch, *where, **how):
-      if "label" in batch:  # training; one batch, or several at once
-        one = batch["label"].ndim == 1
-        self.batches.append({n: x[None] if one else x for n, x in batch.items() if n != "neighbors"})
+      if "label" in batch:
+        self._fed.append(batch)
       return put(batch, *where, **how)
 
     def seen_call(*arguments):
-      self.predicted = call(*arguments)
-      return self.predicted
+      self._predicted = call(*arguments)
+      return self._predicted
 
     sharding.put_batch = seen_put
     predict.Predictor.__call__ = seen_call
 
     def hook(event, arguments):
       if event == "open":
-        if not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
           return
       elif event not in ("os.mkdir", "os.rename", "os.remove", "os.truncate"):
         return
       if isinstance(arguments[0], (str, os.PathLike)):
         path = pathlib.Path(arguments[0])
         if path.is_relative_to(work):
-          self.writes.add(path.relative_to(work).as_posix())
+          self._writes.add(path.relative_to(work).as_posix())
 
     sys.addaudithook(hook)
 
-  def add_run(self, name: str, steps: int, params) -> None:
-    """What a run of so many steps returned, and what it was fed with."""
+  def run(self, name: str, trainer: loop.Trainer, folder: pathlib.Path) -> None:
+    """Trains, and remembers what was returned, predicted last, and fed."""
+    self._fed, self._predicted = [], None
+    params = trainer.run(0, folder)
     for path, x in jax.tree.leaves_with_path(params):
       path = jax.tree_util.keystr(path, simple=True, separator="/")
       self.arrays[f"{name}/params/{path}"] = x
-    for key in self.batches[0]:
-      fed = np.concatenate([b[key] for b in self.batches])
-      self.arrays[f"{name}/batches/{key}"] = fed[:steps]
-    if self.predicted is not None:
+    if self._predicted is not None:
       self.arrays[f"{name}/logits"], self.arrays[f"{name}/weights"] = (
-        self.predicted
+        self._predicted
       )
-    self.batches, self.predicted = [], None
+    for key in ("rows", "label", "query", "images"):
+      if key in self._fed[0]:
+        fed = np.concatenate([batch[key] for batch in self._fed])
+        self.arrays[f"{name}/fed/{key}"] = fed[: trainer.total_steps]
+    neighbors = [batch.get("neighbors") for batch in self._fed]
+    self.facts[f"{name}/neighbors"] = [n and n.keys.shape for n in neighbors]
 
   def write(self, path: pathlib.Path) -> None:
+    self.facts["writes"] = sorted(self._writes)
     np.savez(path.with_suffix(".npz"), **self.arrays)
     path.with_suffix(".json").write_text(json.dumps(self.facts))
 
 
-def layouts(work: pathlib.Path, seen: Seen) -> dict:
-  """Trains once in each layout; the trainers, and their examples."""
-  found = {}
-  for name, layout in LAYOUTS.items():
-    train = tiny.examples()
-    trainer = tiny.trainer(train=train, ids=IDS, layout=layout, **SETTINGS)
-    seen.neighbors = []
-    params = trainer.run(0, work / name)
-    seen.add_run(name, trainer.total_steps, params)
-    kernel = trainer.compiled.init(0).params["head"]["kernel"]
-    seen.facts[f"{name}/head"] = kernel.addressable_shards[0].data.shape
-    keys = trainer.placed.memory.keys
-    for shard in [] if keys is None else keys.addressable_shards:
-      seen.arrays[f"{name}/keys/{shard.device.id}"] = np.asarray(shard.data)
-    seen.facts[f"{name}/neighbors"] = [
-      x and x.keys.shape for x in seen.neighbors
-    ]
-    found[name] = trainer, train
-  return found
+def layout(name: str, train: dict, work: pathlib.Path, seen: Seen):
+  """Trains in a layout; the trainer."""
+  trainer = tiny.trainer(
+    train=train, ids=IDS, layout=LAYOUTS[name], **SETTINGS
+  )
+  seen.run(name, trainer, work / name)
+  head = trainer.compiled.init(0).params["head"]["kernel"]
+  seen.facts[f"{name}/head"] = head.addressable_shards[0].data.shape
+  keys = trainer.placed.memory.keys
+  for shard in [] if keys is None else keys.addressable_shards:
+    seen.arrays[f"{name}/keys/{shard.device.id}"] = np.asarray(shard.data)
+  return trainer
 
 
 def stop_and_go_on(trainer, work: pathlib.Path, seen: Seen) -> None:
@@ -129,66 +159,39 @@ def stop_and_go_on(trainer, work: pathlib.Path, seen: Seen) -> None:
   trainer.compiled.step = step
   distributed.barrier("stopped")
   if distributed.is_first():
-    shutil.copytree(work / "stopped", work / "stopped_copy")
+    shutil.copytree(work / "stopped", work / "as_stopped")
   distributed.barrier("copied")
-  seen.batches = []
-  params = trainer.run(0, work / "stopped")
-  seen.add_run("stopped", trainer.total_steps, params)
+  seen.run("stopped", trainer, work / "stopped")
 
 
-def go_on_from_one(trainer, work: pathlib.Path, seen: Seen) -> None:
-  """With what one process began on one device."""
-  params = trainer.run(0, work / "from_one")
-  seen.add_run("from_one", trainer.total_steps, params)
-
-
-def fail(trainer, train, work: pathlib.Path, seen: Seen) -> None:
-  """An example of process 1, in the last place of the first batch."""
-  (batch,) = feed.Feed.batches(trainer._feed, 0, 0, 1)
-  whole = sharding.put_batch(batch["query"], trainer.mesh, 8)
-  last = sharding.fetch(whole)[-1]
-  (bad,) = np.flatnonzero((train["query"] == last).all(axis=1))
+def fail(trainer, train: dict, work: pathlib.Path, seen: Seen) -> None:
+  """The last example of each process in the first batch is broken."""
+  first = input_pipeline.numbers(np.arange(BATCH), tiny.N, 0)
+  bad = first[[BATCH // 2 - 1, BATCH - 1]]
   train["query"][bad, 3] = np.nan
-  seen.facts["nan_id"] = IDS[bad]
   try:
     trainer.run(0, work / "nan", "train mam seed 0")
   except UserError as error:
     seen.facts["nan"] = str(error)
 
 
-def finetune(work: pathlib.Path, tuned: pathlib.Path, seen: Seen) -> None:
-  """Trains an encoder on the images that a test has embedded."""
-  tuning = test_finetune._load(tuned, ["train"])
-  images, image = tuning.images["train"], tuning.images["train"].image
-  decoded = []
-
-  def counted(number):
-    decoded.append(int(number))
-    return image(number)
-
-  images.image = counted
-  trainer = test_finetune._trainer(test_finetune._data(tuned), tuning)
-  params = trainer.run(0, work / "finetuned")
-  seen.add_run("finetuned", trainer.total_steps, params)
-  seen.facts["decoded"] = len(decoded)
-
-
 def main(address: str, index: int, folder: pathlib.Path) -> None:
   stopping.LOOK = 0.02  # seconds until the others know
   distributed.start(address, 2, index, timeout=300, barrier_timeout=300)
-  work, seen = folder / "work", Seen()
+  work, seen, train = folder / "work", Seen(), tiny.examples()
   seen.watch(work)
-  trainers = layouts(work, seen)
-  trainer, train = trainers["sharded"]
+  layout("host", train, work, seen)
+  trainer = layout("sharded", train, work, seen)
   stop_and_go_on(trainer, work, seen)
-  go_on_from_one(trainer, work, seen)
+  # One process has begun it, on one device.
+  seen.run("from_one", trainer, work / "from_one")
   fail(trainer, train, work, seen)
-  if (folder / "tuned").exists():
-    finetune(work, folder / "tuned", seen)
-  # Along "model" over both processes, they have the same examples.
-  over_both = sharding.mesh(4)
-  seen.facts["same"] = sharding.local_positions(over_both, 8).tolist()
-  seen.facts["writes"] = sorted(seen.writes)
+  pictures = Pictures()
+  seen.run("finetuned", finetuning_trainer(pictures), work / "finetuned")
+  seen.facts["decoded"] = sorted(set(pictures.decoded))
+  # Along "model" over both processes, these have the same examples.
+  over_both = sharding.local_positions(sharding.mesh(4), BATCH)
+  seen.facts["over_both"] = over_both.tolist()
   seen.write(folder / f"process_{index}")
   distributed.shutdown()
 

@@ -259,9 +259,9 @@ def _bad(name="batch/query", kind="input", dtype="float32", examples=None):
   return diagnose.Bad(name, kind, (B, D), dtype, 2, "nan", examples)
 
 
-def _message(bad, saved=None):
+def _message(bad, saved=None, **processes):
   return diagnose.message(
-    bad, what="train mam seed 0", step=12, ids=IDS, saved=saved
+    bad, what="train mam seed 0", step=12, ids=IDS, saved=saved, **processes
   )
 
 
@@ -294,6 +294,14 @@ def test_a_message_is_one_line_with_what_its_kind_needs(bad, wanted):
   text = _message(bad)
   assert wanted in text and "\n" not in text
   assert "step 12" in text and text.endswith("last good checkpoint is kept.")
+
+
+def test_a_process_whose_part_is_finite_points_to_the_others():
+  assert _message(None, processes=2) == (
+    "train mam seed 0: step 12 is not finite, but is when computed on this "
+    "process's part of the batch alone, 'image_0', 'image_1', 'image_2' and 4 "
+    "more; see what the other processes say. The last good checkpoint is kept."
+  )
 
 
 @pytest.mark.parametrize("examples", [None, [1], range(4), range(B)])
