@@ -8,17 +8,14 @@ of that experiment, or so small that what a step computes is little beside what
 it takes to start it. All train in one process, in turn, --steps steps a round:
 read the ratios.
 
-  compile  seconds until the first step is done: tracing and compiling what
-           makes the parameters, and the step; of one seed, and of S together
-  step     milliseconds, input and all: of one seed, of S seeds one after the
-           other, and of S together
-  x        the last but one by the last, of each round: median (least-most);
-           and of core-seconds, which leave out what other processes take
-  a training of S seeds
-           seconds to compile and for as many steps as the config asks for, one
-           after the other and together, reckoned from the above
-
-`compile` is measured once a round as well, each time of a new trainer.
+  begin     seconds until the first step is done, most of them to compile: of
+            the first seed, of each further one, and of S together
+  step      milliseconds, input and all: of one seed, of S seeds one after the
+            other, and of S together
+  x         the last but one by the last, of each round: median (least-most);
+            core x, of core-seconds, leaves out what other processes take
+  training  seconds of S seeds and as many steps as the config asks for, one
+            after the other and together, reckoned from the above
 """
 
 import argparse
@@ -154,27 +151,28 @@ def _clocks() -> Cost:
   return Cost(time.perf_counter(), time.process_time())
 
 
-def compiled(name: str, size: Size, seeds: Sequence[int]) -> float:
-  """Seconds of a new trainer until its first step is done."""
-  made = trainer(name, size)
-  begin = time.perf_counter()
-  Training(made, seeds).run(0)
-  return time.perf_counter() - begin
+def begin(of: loop.Trainer, seeds: Sequence[int]) -> float:
+  """Seconds of a training until its first step is done."""
+  clock = time.perf_counter()
+  Training(of, seeds).run(0)
+  return time.perf_counter() - clock
 
 
 class Row(NamedTuple):
   """What was measured, a list of each, one a round.
 
   Attributes:
-    compile_one: seconds, of one seed.
-    compile_all: of S together.
-    one: seconds a step, of one seed.
+    first: seconds until the first step of the first seed is done.
+    further: of a further seed.
+    all: of S together.
+    one: a step of one seed.
     after: of S, one after the other.
     together: of S together.
   """
 
-  compile_one: list[float]
-  compile_all: list[float]
+  first: list[float]
+  further: list[float]
+  all: list[float]
   one: list[Cost]
   after: list[Cost]
   together: list[Cost]
@@ -190,15 +188,17 @@ def measure(name: str, size: Size, seeds: int, steps: int, rounds: int) -> Row:
     steps: a round.
     rounds: how many.
   """
-  every, row = range(seeds), Row([], [], [], [], [])
+  every, row = range(seeds), Row([], [], [], [], [], [])
   made = trainer(name, size)
   alone = [Training(made, [seed]) for seed in every]
   together = Training(made, every)
   for training in (*alone, together):
     training.run(1)
   for _ in range(rounds):
-    row.compile_one.append(compiled(name, size, [0]))
-    row.compile_all.append(compiled(name, size, every))
+    new = trainer(name, size)
+    row.first.append(begin(new, [0]))
+    row.further.append(begin(new, [1]))
+    row.all.append(begin(new, every))
     found = [training.run(steps) for training in alone]
     row.one.append(_a_step(found[0], steps))
     row.after.append(_a_step(Cost(*map(sum, zip(*found))), steps))
@@ -210,25 +210,28 @@ def _a_step(cost: Cost, steps: int) -> Cost:
   return Cost(cost.wall / steps, cost.core / steps)
 
 
-def line(name: str, row: Row, total: int) -> str:
+def line(name: str, row: Row, seeds: int, total: int) -> str:
   """A row of the table.
 
   Args:
     name: of the model.
     row: from `measure`.
+    seeds: S.
     total: steps of a training.
   """
-  compile_one, compile_all = map(statistics.median, row[:2])
-  ms = [1e3 * statistics.median(c.wall for c in costs) for costs in row[2:]]
+  first, further, together = map(statistics.median, row[:3])
+  ms = [1e3 * statistics.median(c.wall for c in costs) for costs in row[3:]]
   pairs = list(zip(row.after, row.together))
   wall = [a.wall / b.wall for a, b in pairs]
   core = statistics.median(a.core / b.core for a, b in pairs)
-  whole = compile_one + total * ms[1] / 1e3, compile_all + total * ms[2] / 1e3
+  span = f"({min(wall):.2f}-{max(wall):.2f})"
+  after = first + (seeds - 1) * further + total * ms[1] / 1e3
+  together += total * ms[2] / 1e3
   return (
-    f"{name:9}{compile_one:8.1f}{compile_all:6.1f}"
-    f"{ms[0]:9.2f}{ms[1]:8.2f}{ms[2]:8.2f}"
-    f"{statistics.median(wall):7.2f} ({min(wall):.2f}-{max(wall):.2f})"
-    f"{core:7.2f}{whole[0]:10.1f}{whole[1]:7.1f}{whole[0] / whole[1]:7.2f}"
+    f"{name:9}{first:7.1f}{further:6.2f}{statistics.median(row.all):6.1f}"
+    f"{ms[0]:8.2f}{ms[1]:7.2f}{ms[2]:7.2f}"
+    f"{statistics.median(wall):6.2f} {span:11}{core:6.2f}"
+    f"{after:8.1f}{together:7.1f}{after / together:6.2f}"
   )
 
 
@@ -260,14 +263,13 @@ def main() -> None:
     say(
       f"\n{at}: N={size.examples:,} U={size.rows:,} k={size.neighbors} "
       f"d={size.dim} d_v={size.value_dim} C={size.classes} B={size.batch}\n"
-      f"{'':9}{'compile, s':>14}{'a step, ms':>25}{'after / together':>27}"
-      f"{f'a training of {s}, s':>24}\n"
-      f"{'':9}{'1':>8}{s:>6}{'1':>9}{'after':>8}{'togeth.':>8}"
-      f"{'x (range)':>20}{'core x':>8}{'after':>9}{'togeth.':>8}{'x':>6}"
+      f"{'':9}{'begin, s':>19}{'step, ms':>22}{'':24}{'training, s':>21}\n"
+      f"{'':9}{'first':>7}{'next':>6}{'S':>6}{'one':>8}{'after':>7}{'S':>7}"
+      f"{'x':>6} {'(range)':11}{'core x':>6}{'after':>8}{'S':>7}{'x':>6}"
     )
     for name in flags.models.split(","):
       row = measure(name, size, s, flags.steps, flags.rounds)
-      say(line(name, row, trainer(name, size).total_steps))
+      say(line(name, row, s, trainer(name, size).total_steps))
   if flags.out:
     files.write_bytes(flags.out, "".join(f"{x}\n" for x in lines).encode())
 

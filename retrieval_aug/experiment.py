@@ -78,8 +78,7 @@ class Experiment:
   def _train(self, trial: Trial) -> None:
     train = train_settings(trial.settings, trial.model)
     looks = train["eval_epochs"] > 0
-    if trial.point and distributed.is_first():
-      progress.note(f"sweep: {trial.model} with {trial.point}")
+    sweep.announce(trial)
     runs.train(
       self._runs(trial),
       self.data_of(trial.model),
@@ -97,6 +96,7 @@ class Experiment:
       if not _complete_for_all(self._evaluations(trial)):
         worked = True
         runs.check_trained(self._runs(trial))
+        sweep.announce(trial)
         tuned = self._finetuning(trial, evaluations.EVAL_SPLITS)
         evaluations.evaluate(
           self._runs(trial),

@@ -4,7 +4,9 @@ python -m retrieval_aug.main --config=configs/emoji.py --workdir=DIR
 
 Stages: embed, search, train, evaluate, report. What is finished is not done
 again; what was made from other settings is refused, never reused. Any setting
-can be given on the command line: --config.model.name=mam.
+can be given on the command line: --config.model.name=mam. Of lists, such as
+--config.sweep.train.learning_rate=1e-3,3e-4, every combination is trained and
+evaluated, in `sweep/` of the folder.
 
 With --beam the stages embed and search run on Apache Beam; with --estimate
 nothing runs, and what they would need is printed. Several processes train

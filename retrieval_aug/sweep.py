@@ -236,6 +236,12 @@ def check(
       progress.note(f"note: sweep: {line}")
 
 
+def announce(trial: Trial) -> None:
+  """Says which point comes next, if it is one of a sweep."""
+  if trial.point and distributed.is_first():
+    progress.note(f"sweep: {trial.model} with {trial.point}")
+
+
 def same(runs: dict[Trial, Run]) -> list[str]:
   """A line for each point that computes what one before it does.
 

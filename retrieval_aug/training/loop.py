@@ -322,7 +322,8 @@ class Trainer:
   def _rates(self) -> np.ndarray:
     """The learning rate of every step."""
     done = jnp.arange(self.total_steps)
-    return np.asarray(jax.vmap(self.compiled.schedule)(done))
+    # As one program: each operation alone would be compiled, too.
+    return np.asarray(jax.jit(jax.vmap(self.compiled.schedule))(done))
 
   def _explain(self, number: int, state, i: int, books: Books) -> None:
     """Raises the `UserError` of the i-th seed's step that was not done."""

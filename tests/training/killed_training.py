@@ -36,7 +36,7 @@ from tests.end_to_end import embeddings
 
 # Checkpoints are due after every second step, and after every third, which is
 # looked at.
-STEPS = 18
+STEPS = 12
 NOT_DUE = 7
 
 SPLITS = {"train": 63, "val": 9, "test": 18}
@@ -57,7 +57,7 @@ class End(NamedTuple):
 
   Attributes:
     signal: that it sends to itself; 0 leaves it alone.
-    operation: on files of its folder, after which it does so.
+    operation: on files of the run, after which it does so.
     delay: seconds after that.
     step: of training, after which it does so, in place of an operation.
   """
@@ -92,7 +92,7 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
 def write_data(folder: pathlib.Path) -> None:
   """As `embeddings.write`, with labels on val that have nothing to learn.
 
-  Two of the six looks are equal and the best, and not the last.
+  Two of the four looks are equal and the best, and not the last.
   """
   folder.mkdir()
   embeddings.write(folder)
@@ -145,8 +145,8 @@ def start(workdir: pathlib.Path, stages: str, end: End) -> int:
 
 
 def _end_after_operation(workdir: pathlib.Path, end: End) -> list[str]:
-  """Returns a list that grows with each operation on files in a folder."""
-  inside, done = os.fspath(workdir) + os.sep, []
+  """Returns a list that grows with each operation on files of a run."""
+  inside, done = os.fspath(workdir / "runs"), []
   send = lambda: os.kill(os.getpid(), end.signal)
 
   def hook(event, arguments):

@@ -1,7 +1,8 @@
-"""A process of test_processes.py, of two: ADDRESS PROCESS FOLDER.
+"""Two processes that train together, for test_processes.py: ADDRESS FOLDER.
 
-Trains in `FOLDER/work`, which both see, and leaves what it saw in
-`FOLDER/process_<n>.npz` and `.json`.
+This process imports everything and starts nothing of JAX; the two are forks of
+it, and begin with the work at once. They train in `FOLDER/work`, and leave what
+they saw in `FOLDER/process_<n>.npz` and `.json`.
 """
 
 import json
@@ -11,12 +12,14 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from retrieval_aug import models
-from retrieval_aug.common import distributed, stopping
+from retrieval_aug.common import distributed, stopping, tf
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory.key_transform import KeyTransform
 from retrieval_aug.training import input_pipeline, loop, predict, sharding
@@ -74,8 +77,12 @@ class Seen:
     self.arrays, self.facts = {}, {}
     self._fed, self._predicted, self._writes = [], None, set()
 
-  def watch(self, work: pathlib.Path) -> None:
-    """Looks on from now on; `work` is where files count."""
+  def watch(self, replace: Callable[[Any, str, Any], None]) -> None:
+    """Looks on from now on.
+
+    Args:
+      replace: as `setattr`.
+    """
     put, call = sharding.put_batch, predict.Predictor.__call__
 
     def seen_put(batch, *where, **how):
@@ -87,8 +94,11 @@ class Seen:
       self._predicted = call(*arguments)
       return self._predicted
 
-    sharding.put_batch = seen_put
-    predict.Predictor.__call__ = seen_call
+    replace(sharding, "put_batch", seen_put)
+    replace(predict.Predictor, "__call__", seen_call)
+
+  def watch_writes(self, work: pathlib.Path) -> None:
+    """Remembers from now on which files in a folder Python writes."""
 
     def hook(event, arguments):
       if event == "open":
@@ -175,11 +185,13 @@ def fail(trainer, train: dict, work: pathlib.Path, seen: Seen) -> None:
     seen.facts["nan"] = str(error)
 
 
-def main(address: str, index: int, folder: pathlib.Path) -> None:
+def process(address: str, index: int, folder: pathlib.Path) -> None:
+  """All that one of them does."""
   stopping.LOOK = 0.02  # seconds until the others know
   distributed.start(address, 2, index, timeout=300, barrier_timeout=300)
   work, seen, train = folder / "work", Seen(), tiny.examples()
-  seen.watch(work)
+  seen.watch(setattr)
+  seen.watch_writes(work)
   layout("host", train, work, seen)
   trainer = layout("sharded", train, work, seen)
   stop_and_go_on(trainer, work, seen)
@@ -196,5 +208,18 @@ def main(address: str, index: int, folder: pathlib.Path) -> None:
   distributed.shutdown()
 
 
+def main(address: str, folder: str) -> None:
+  tf.import_tensorflow()
+  children = []
+  for index in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+      signal.alarm(600)  # one that hangs would outlive the test
+      process(address, index, pathlib.Path(folder))
+      return
+  codes = [os.waitpid(child, 0)[1] for child in children]
+  sys.exit(f"exit codes {codes}" if any(codes) else 0)
+
+
 if __name__ == "__main__":
-  main(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]))
+  main(*sys.argv[1:])
