@@ -148,7 +148,7 @@ def _run(
     text = ""
     if "evaluate" in stages and first:
       text = f"{experiment.text()}\n{_seconds(workdir)}"
-  if set(stages) == set(STAGES):
+  if set(stages) == set(STAGES) and distributed.processes() == 1:
     unread = set(experiment.settings.unread()) & set(changed(config))
     if unread:
       names = ", ".join(f"config.{name}" for name in sorted(unread))

@@ -114,7 +114,7 @@ class TestValues:
       ({"train_weight_decay": "0,1e-2"}, "mam", [0.0, 0.01]),
       ({"train_remat": "True,False"}, "mam", [True, False]),
       ({"train_loss": "lace, focal"}, "mam", ["lace", "focal"]),
-      ({"model_norm": "None,pre"}, "mam", [None, "pre"]),
+      ({"model_norm": "None,qk"}, "mam", [None, "qk"]),
       ({"model_hidden_dim": "None,7"}, "mlp", [None, 7]),
       ({"model_attention_temperature": "0.5,learned"}, "mam", [0.5, "learned"]),
       (
@@ -215,19 +215,19 @@ class TestChoice:
     assert len([r for r in rows if r["split"] == "val"]) == 8
 
   def test_table_and_flags(self):
-    settings = _settings(train_k="1,2", model_norm="None,pre")
+    settings = _settings(train_k="1,2", model_norm="None,qk")
     trials = sweep.trials(settings, ["linear", "mam"])
     mam = {t.point: t for t in trials["mam"]}
     assert list(mam) == [
       "k=1,norm=None",
-      "k=1,norm=pre",
+      "k=1,norm=qk",
       "k=2,norm=None",
-      "k=2,norm=pre",
+      "k=2,norm=qk",
     ]
     found = {
       trials["linear"][0]: self.POINTS["k=1"][:1],
       mam["k=1,norm=None"]: self.POINTS["k=1"],
-      mam["k=2,norm=pre"]: self.POINTS["k=2"],
+      mam["k=2,norm=qk"]: self.POINTS["k=2"],
     }
     assert sweep.to_text(sweep.rows(found), settings).splitlines() == [
       "Accuracy in percent, mean ± standard deviation over seeds; of each "
@@ -238,18 +238,18 @@ class TestChoice:
       "-----------|",
       "| linear | 1 |      | 50.0       | 70.0           | 99.0       | 99.0  "
       "          |",
-      "| mam    | 2 | pre  | 65.0 ± 7.1 | 15.0 ± 7.1     | 35.0 ± 7.1 | 35.0 ±"
+      "| mam    | 2 | qk   | 65.0 ± 7.1 | 15.0 ± 7.1     | 35.0 ± 7.1 | 35.0 ±"
       " 7.1      |",
       "| mam    | 1 | None | 55.0 ± 7.1 | 70.0 ± 0.0     |            |       "
       "          |",
       "Val alone chose (all, then class mean); test is shown of its choice.",
       "Best of linear: --config.model.linear.train.k=1",
-      "Best of mam: --config.model.mam.train.k=2 --config.model.mam.norm=pre",
+      "Best of mam: --config.model.mam.train.k=2 --config.model.mam.norm=qk",
     ]
 
   def test_flags_say_what_no_flag_can(self):
     config = configs.defaults()
-    config.model.mam.norm = "pre"
+    config.model.mam.norm = "qk"
     own = {"train.augment": "flip, crop(2)", "norm": None}
     assert sweep.flags("mam", own, Settings(config)) == (
       "'--config.model.mam.train.augment=flip, crop(2)' and c.model.mam.norm = "

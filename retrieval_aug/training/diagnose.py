@@ -202,10 +202,10 @@ def message(
     )
   if bad is None:
     return (
-      f"{what}: the loss or its gradient is not finite at step {step}, but is "
-      f"when that step is computed alone, on the batch of {everyone}; start "
-      "again to go on from the last checkpoint, and lower train.learning_rate "
-      f"if it comes back. {end}"
+      f"{what}: step {step} is not finite, but its loss and gradient are when "
+      f"computed alone, on the batch of {everyone}: what it makes of the "
+      "parameters may be too large; lower train.learning_rate, or start again "
+      f"to go on from the last checkpoint. {end}"
     )
   whose = f"in the batch of {everyone}"
   if bad.examples is not None:

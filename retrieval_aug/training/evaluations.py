@@ -1,14 +1,11 @@
 """The evaluate stage: predictions and metrics of trained runs."""
 
 import contextlib
-from typing import Any
-
 import numpy as np
 
 from retrieval_aug.common import distributed, files, manifest, progress
 from retrieval_aug.evaluation import accuracy
 from retrieval_aug.training import finetune, predict
-from retrieval_aug.training import loss as losses
 from retrieval_aug.training.data import Data
 from retrieval_aug.training.runs import Run, build, check_trained
 from retrieval_aug.training.settings import Layout
@@ -95,7 +92,9 @@ def evaluate(
           seen = {"rows": seen["rows"], "images": finetuning.images[split]}
           what = f"evaluate {split}"
         logits, attention = predictor(params, seen, batch_size, what)
-        logits = _adjusted(logits, data.class_counts, run.train)
+        logits = predict.corrected(
+          logits, data.class_counts, run.train["post_hoc_tau"]
+        )
         if distributed.is_first():
           _write(artifact, split, data.examples[split].ids, logits, attention)
         labels = data.examples[split].labels
@@ -120,17 +119,6 @@ def _write(artifact, split: str, ids, logits, attention) -> None:
       attention=attention.astype(np.float16),
     )
   artifact.record(split, [path.name])
-
-
-def _adjusted(
-  logits: np.ndarray, class_counts: np.ndarray, train: dict[str, Any]
-) -> np.ndarray:
-  """Logits [N, C] after the post-hoc correction that the settings ask for."""
-  tau = train["post_hoc_tau"]
-  if not tau:
-    return logits
-  prior = losses.log_prior(class_counts)
-  return np.asarray(losses.post_hoc(logits, prior, tau))
 
 
 def read_predictions(

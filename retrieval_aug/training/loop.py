@@ -90,6 +90,7 @@ class Trainer:
     )
     self.settings = settings
     self._model, self._telling, self._val = model, telling, val
+    self._class_counts = class_counts
     n = len(train["label"])
     self.total_steps = settings.steps(settings.epochs, n)
     self.checkpoint_steps = settings.steps(settings.checkpoint_epochs, n)
@@ -351,6 +352,9 @@ class Trainer:
       if len(rows) > 1:
         params = of_seed(params, i)
       logits, _ = self._predictor(params, self._val, self.settings.batch_size)
+      logits = predictions.corrected(
+        logits, self._class_counts, self.settings.post_hoc_tau
+      )
       right = logits.argmax(axis=1) == self._val["label"]
       own[-1]["val_top1"] = 100 * float(right.mean())
       tops.append(own[-1]["val_top1"])

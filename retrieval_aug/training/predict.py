@@ -13,6 +13,7 @@ from retrieval_aug.training import (
   placement,
   sharding,
 )
+from retrieval_aug.training import loss as losses
 from retrieval_aug.training import step as steps
 from retrieval_aug.training.settings import Layout
 
@@ -83,6 +84,23 @@ class Predictor:
         if shown is not None:
           shown.update(count)
     return np.concatenate(logits), np.concatenate(weights)
+
+
+def corrected(
+  logits: np.ndarray, class_counts: np.ndarray, tau: float
+) -> np.ndarray:
+  """Logits after the post-hoc correction of `train.post_hoc_tau`.
+
+  Args:
+    logits: [N, C].
+    class_counts: training examples a class, [C].
+    tau: strength; 0 leaves them.
+  """
+  if not tau:
+    return logits
+  return np.asarray(
+    losses.post_hoc(logits, losses.log_prior(class_counts), tau)
+  )
 
 
 def predictor(

@@ -43,8 +43,10 @@ SPLITS = {"train": 63, "val": 9, "test": 18}
 
 _TOO_LONG = 300  # seconds, for a child that hangs
 
-# Files with times.
-_NOT_COMPARED = ("manifest.json", "summary.json", "speed.jsonl", "stages.json")
+# Files with times; `.shards` is what a kill leaves of a finished manifest.
+_NOT_COMPARED = re.compile(
+  r"checkpoints/|/\.shards/|(manifest|summary|stages)\.json$|speed\.jsonl$|\.lock$"
+)
 
 _SAVED = re.compile(
   rf"train mam seed 0: stopped and saved after step (\d+) of {STEPS}; the same "
@@ -108,9 +110,7 @@ def digests(workdir: pathlib.Path) -> dict[str, str]:
   out = {}
   for path in sorted(workdir.rglob("*")):
     name = str(path.relative_to(workdir))
-    if "/checkpoints/" in name or path.name in (*_NOT_COMPARED, ".lock"):
-      continue
-    if path.is_file():
+    if path.is_file() and not _NOT_COMPARED.search(name):
       out[name] = hashlib.sha256(path.read_bytes()).hexdigest()
   return out
 

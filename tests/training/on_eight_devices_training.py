@@ -33,32 +33,23 @@ RULES = (
   (".*", "replicate"),
 )
 
-# Layout, and what each device then has of the parameters: those of QUERY and
-# OUTPUT are [16, 16], of HEAD [16, 8], of BIAS [8].
+# Layout, and what each device then has of the parameters.
 CASES = {
   "8x1 replicated, replicate": (
     Layout(1, "replicate", "replicated"),
-    {QUERY: (16, 16), OUTPUT: (16, 16), HEAD: (16, 8), BIAS: (8,)},
+    {QUERY: (16, 16), OUTPUT: (8, 16), HEAD: (16, 8), BIAS: (8,)},
   ),
   "8x1 sharded, fsdp": (
     Layout(1, "fsdp", "sharded"),
-    {QUERY: (2, 16), OUTPUT: (2, 16), HEAD: (2, 8), BIAS: (1,)},
+    {QUERY: (2, 16), OUTPUT: (8, 2), HEAD: (2, 8), BIAS: (1,)},
   ),
-  "4x2 host, fsdp": (
-    Layout(2, "fsdp", "host"),
-    {QUERY: (4, 16), OUTPUT: (4, 16), HEAD: (4, 8), BIAS: (2,)},
+  "4x2 host, tensor": (
+    Layout(2, "tensor", "host"),
+    {QUERY: (16, 8), OUTPUT: (8, 8), HEAD: (16, 4), BIAS: (4,)},
   ),
-  "4x2 sharded, rules": (
-    Layout(2, RULES, "sharded"),
-    {QUERY: (4, 8), OUTPUT: (16, 8), HEAD: (16, 1), BIAS: (8,)},
-  ),
-  "2x4 sharded, tensor": (
-    Layout(4, "tensor", "sharded"),
-    {QUERY: (16, 4), OUTPUT: (16, 4), HEAD: (16, 2), BIAS: (2,)},
-  ),
-  "2x4 host, rules": (
-    Layout(4, RULES, "host"),
-    {QUERY: (8, 4), OUTPUT: (16, 4), HEAD: (16, 1), BIAS: (8,)},
+  "2x4 sharded, rules": (
+    Layout(4, RULES, "sharded"),
+    {QUERY: (8, 4), OUTPUT: (8, 4), HEAD: (16, 1), BIAS: (8,)},
   ),
 }
 ONE, WHOLE = "one device", "8x1 replicated, replicate"

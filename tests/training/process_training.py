@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from retrieval_aug import models
 from retrieval_aug.common import distributed, stopping, tf
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory.key_transform import KeyTransform
@@ -27,11 +26,10 @@ from retrieval_aug.training.finetune import FineTuning
 from retrieval_aug.training.settings import Layout
 from tests.training import tiny, tiny_images
 
-# `replicated` and `replicate` are trained in tests/end_to_end/test_processes.py.
-LAYOUTS = {
-  "sharded": Layout(placement="sharded", sharding="fsdp"),
-  "host": Layout(model=2, placement="host", sharding="tensor"),
-}
+# In other layouts: "replicated" fine-tunes, and "host" is trained in
+# tests/end_to_end/test_processes.py.
+SHARDED = Layout(placement="sharded", sharding="fsdp")
+HOST = Layout(model=2, placement="host")
 SETTINGS = {"ema": 0.5, "eval_epochs": 1.0}
 BATCH = tiny.SETTINGS["batch_size"]
 IDS = [f"id/{i}" for i in range(tiny.N)]
@@ -52,13 +50,23 @@ class Pictures:
     self.decoded.append(int(number))
     return tiny_images.image(int(number))
 
+  def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    shape = (tiny.N, self.size, self.size, 3)
+    return rng.integers(0, 256, shape, np.uint8)[numbers]
+
 
 def finetuning_trainer(pictures: Pictures) -> loop.Trainer:
-  """Trains an encoder under a linear classifier: 5 steps."""
-  train = tiny.examples()
+  """Trains an encoder, too: 5 steps, and looks at val after them."""
+  train, val = tiny.examples(), tiny.examples(29, seed=5)
   return loop.Trainer(
-    models.build("linear", tiny.CLASSES),
-    tiny.settings(finetune=True, augment="inception_crop(0.5), flip", epochs=1),
+    tiny.model(),
+    tiny.settings(
+      finetune=True,
+      augment="inception_crop(0.5), flip",
+      epochs=1,
+      eval_epochs=1,
+    ),
     tiny.memory(),
     train,
     np.bincount(train["label"]),
@@ -67,6 +75,8 @@ def finetuning_trainer(pictures: Pictures) -> loop.Trainer:
       KeyTransform(np.zeros(tiny.D, np.float32), None),
       {"train": pictures},
     ),
+    val={"rows": val["rows"], "label": val["label"], "images": Pictures()},
+    layout=Layout(placement="replicated"),
   )
 
 
@@ -87,7 +97,7 @@ class Seen:
 
     def seen_put(batch, *where, **how):
       if "label" in batch:
-        self._fed.append(batch)
+        self._fed.append(dict(batch))
       return put(batch, *where, **how)
 
     def seen_call(*arguments):
@@ -120,16 +130,25 @@ class Seen:
     for path, x in jax.tree.leaves_with_path(params):
       path = jax.tree_util.keystr(path, simple=True, separator="/")
       self.arrays[f"{name}/params/{path}"] = x
-    if self._predicted is not None:
-      self.arrays[f"{name}/logits"], self.arrays[f"{name}/weights"] = (
-        self._predicted
-      )
-    for key in ("rows", "label", "query", "images"):
-      if key in self._fed[0]:
-        fed = np.concatenate([batch[key] for batch in self._fed])
-        self.arrays[f"{name}/fed/{key}"] = fed[: trainer.total_steps]
-    neighbors = [batch.get("neighbors") for batch in self._fed]
-    self.facts[f"{name}/neighbors"] = [n and n.keys.shape for n in neighbors]
+    logits, weights = self._predicted
+    self.arrays |= {f"{name}/logits": logits, f"{name}/weights": weights}
+    self._keep_fed(name, trainer.total_steps)
+
+  def feed(self, name: str, trainer: loop.Trainer, steps: int) -> None:
+    """Remembers what some steps are fed with, and trains nothing."""
+    self._fed = []
+    for _ in trainer._feed.ahead([0], 0, steps):
+      pass
+    self._keep_fed(name, steps)
+
+  def _keep_fed(self, name: str, steps: int) -> None:
+    for batch in self._fed:
+      if "neighbors" in batch:
+        found = batch.pop("neighbors")
+        batch |= {"keys": found.keys, "values": found.values}
+    for key in self._fed[0]:
+      fed = np.concatenate([batch[key] for batch in self._fed])
+      self.arrays[f"{name}/fed/{key}"] = fed[:steps]
 
   def write(self, path: pathlib.Path) -> None:
     self.facts["writes"] = sorted(self._writes)
@@ -137,18 +156,13 @@ class Seen:
     path.with_suffix(".json").write_text(json.dumps(self.facts))
 
 
-def layout(name: str, train: dict, work: pathlib.Path, seen: Seen):
-  """Trains in a layout; the trainer."""
-  trainer = tiny.trainer(
-    train=train, ids=IDS, layout=LAYOUTS[name], **SETTINGS
-  )
-  seen.run(name, trainer, work / name)
+def sharded(trainer, work: pathlib.Path, seen: Seen) -> None:
+  """Trains; and what of the working set and a parameter is here."""
+  seen.run("sharded", trainer, work / "sharded")
   head = trainer.compiled.init(0).params["head"]["kernel"]
-  seen.facts[f"{name}/head"] = head.addressable_shards[0].data.shape
-  keys = trainer.placed.memory.keys
-  for shard in [] if keys is None else keys.addressable_shards:
-    seen.arrays[f"{name}/keys/{shard.device.id}"] = np.asarray(shard.data)
-  return trainer
+  seen.facts["head"] = head.addressable_shards[0].data.shape
+  for shard in trainer.placed.memory.keys.addressable_shards:
+    seen.arrays[f"keys/{shard.device.id}"] = np.asarray(shard.data)
 
 
 def stop_and_go_on(trainer, work: pathlib.Path, seen: Seen) -> None:
@@ -192,8 +206,8 @@ def process(address: str, index: int, folder: pathlib.Path) -> None:
   work, seen, train = folder / "work", Seen(), tiny.examples()
   seen.watch(setattr)
   seen.watch_writes(work)
-  layout("host", train, work, seen)
-  trainer = layout("sharded", train, work, seen)
+  trainer = tiny.trainer(train=train, ids=IDS, layout=SHARDED, **SETTINGS)
+  sharded(trainer, work, seen)
   stop_and_go_on(trainer, work, seen)
   # One process has begun it, on one device.
   seen.run("from_one", trainer, work / "from_one")
@@ -201,6 +215,7 @@ def process(address: str, index: int, folder: pathlib.Path) -> None:
   pictures = Pictures()
   seen.run("finetuned", finetuning_trainer(pictures), work / "finetuned")
   seen.facts["decoded"] = sorted(set(pictures.decoded))
+  seen.feed("host", tiny.trainer(layout=HOST), 3)
   # Along "model" over both processes, these have the same examples.
   over_both = sharding.local_positions(sharding.mesh(4), BATCH)
   seen.facts["over_both"] = over_both.tolist()

@@ -287,7 +287,7 @@ def test_a_message_names_step_tensor_examples_and_remedy():
     (_bad("loss", "loss", examples=range(4)), "'image_2' and 1 more;"),
     (_bad("loss", "loss", examples=range(B)), "of all 7 examples, 'image_0',"),
     (_bad("head/bias", "gradient"), "batch of 'image_0', 'image_1', 'image_2'"),
-    (None, "when that step is computed alone"),
+    (None, "its loss and gradient are when computed alone"),
   ],
 )
 def test_a_message_is_one_line_with_what_its_kind_needs(bad, wanted):

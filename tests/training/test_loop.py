@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import os
-import pathlib
+import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
+from retrieval_aug import models
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.training import input_pipeline, predict
 from tests.training import tiny
@@ -184,11 +182,12 @@ def test_a_step_that_is_not_finite_is_named_with_its_examples(
   assert len(_losses(tmp_path)) == (int(kept[0]) if kept else 0)
 
 
-def test_a_step_that_grows_without_bound_names_an_activation(tmp_path):
+def test_a_step_that_grows_without_bound_names_the_learning_rate(tmp_path):
   """The learning rate of such runs is what people set too high."""
-  trainer = tiny.trainer(learning_rate=1e30, warmup_epochs=0.0)
+  linear = models.build("linear", tiny.CLASSES)
+  trainer = tiny.trainer(linear, learning_rate=1e30, warmup_epochs=0.0)
   message = _refusal(lambda: trainer.run(0, tmp_path, "train mam seed 0"))
-  assert "is not finite, first in the " in message
+  assert re.search(r"step \d+ is not finite, ", message)
   assert "lower train.learning_rate" in message
 
 
@@ -218,62 +217,3 @@ def test_prediction_does_not_depend_on_the_batch_size(whole):
     other_logits, other_weights = call(size)
     np.testing.assert_allclose(other_logits, logits, atol=1e-5)
     np.testing.assert_allclose(other_weights, weights, atol=1e-5)
-
-
-_TWO_DEVICES = """
-import sys, jax, numpy as np
-from flax import traverse_util
-from retrieval_aug.common.errors import UserError
-from retrieval_aug.training import predict
-from tests.training import tiny
-assert len(jax.devices()) == 2
-params = tiny.trainer().run(0)
-logits, _ = predict.predict(
-  tiny.model(), params, tiny.memory(), tiny.examples(29, seed=5), 8
-)
-flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-np.savez(sys.argv[1], logits=logits, **flat)
-try:
-  tiny.trainer(batch_size=7)
-except UserError as error:
-  print(error)
-"""
-
-
-def test_two_devices_equal_one(whole, tmp_path):
-  root = pathlib.Path(__file__).parents[2]
-  done = subprocess.run(
-    [sys.executable, "-c", _TWO_DEVICES, str(tmp_path / "two.npz")],
-    cwd=root,
-    env=os.environ
-    | {
-      "PYTHONPATH": str(root),
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.strip() == (
-    "config.train.batch_size=7: must be a positive multiple of the 2 devices "
-    "that share a batch."
-  )
-  logits, _ = predict.predict(
-    tiny.model(), whole[1], tiny.memory(), tiny.examples(29, seed=5), 8
-  )
-  with np.load(tmp_path / "two.npz") as two:
-    np.testing.assert_allclose(two["logits"], logits, atol=1e-4)
-    found = {n for n in two.files if n != "logits"}
-    flat = _by_path(whole[1])
-    assert found == set(flat)
-    for name in found:
-      # Sums over the batch are added in another order.
-      np.testing.assert_allclose(two[name], flat[name], atol=1e-4, err_msg=name)
-
-
-def _by_path(params):
-  """Parameters by their path."""
-  return {
-    "/".join(k.key for k in path): x
-    for path, x in jax.tree.leaves_with_path(params)
-  }

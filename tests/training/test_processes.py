@@ -3,6 +3,7 @@
 They start once, and do all at a go; see process_training.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,23 +23,29 @@ from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 14  # 3 epochs of 37 examples in batches of 8
-LAYOUTS = list(child.LAYOUTS)
 
 
 class Stop(Exception):
   """Ends a run at a place of the test's choice."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Found:
-  """What both processes left, and what one process found for itself."""
+  """What the two processes left, and what one found for itself.
 
-  def __init__(self, folder, one, expected):
-    self.work, self.one, self.expected = folder / "work", one, expected
-    load = lambda i: np.load(folder / f"process_{i}.npz", allow_pickle=False)
-    self.arrays = [load(i) for i in range(2)]
-    self.facts = [
-      json.loads((folder / f"process_{i}.json").read_text()) for i in range(2)
-    ]
+  Attributes:
+    work: folder of the runs of the two.
+    arrays: what each of them saw, by name.
+    facts: likewise.
+    one: folder of the runs of one process.
+    expected: what that saw.
+  """
+
+  work: pathlib.Path
+  arrays: list
+  facts: list
+  one: pathlib.Path
+  expected: dict
 
   def params(self, arrays, name):
     """Parameters of a run, by their path."""
@@ -102,7 +109,15 @@ def found(tmp_path_factory, trainer):
         seen.run("finetuned", tuned, one / "finetuned")
       _, said = processes.communicate()
     assert processes.returncode == 0, said
-  return Found(folder, one, seen.arrays)
+  paths = [folder / f"process_{i}" for i in range(2)]
+  load = lambda path: dict(np.load(path, allow_pickle=False))
+  return Found(
+    folder / "work",
+    [load(path.with_suffix(".npz")) for path in paths],
+    [json.loads(path.with_suffix(".json").read_text()) for path in paths],
+    one,
+    seen.arrays,
+  )
 
 
 def _rows(folder):
@@ -110,17 +125,15 @@ def _rows(folder):
   return [json.loads(line) for line in lines]
 
 
-def _assert_as_one(rows, expected):
-  """Sums over the batch are added in another order."""
+def _assert_as_one(found, name, whole="whole"):
+  """Losses, metrics and parameters; sums are added in another order."""
+  rows, expected = _rows(found.work / name), _rows(found.one / whole)
   assert [list(x) for x in rows] == [list(x) for x in expected]
-  values = lambda rows: [list(x.values()) for x in rows if "val_top1" not in x]
-  np.testing.assert_allclose(values(rows), values(expected), rtol=1e-4)
-  looked = lambda rows: [list(x.values()) for x in rows if "val_top1" in x]
-  np.testing.assert_allclose(looked(rows), looked(expected), rtol=1e-4)
-
-
-def _assert_params_as_one(found, name):
-  expected = found.params(found.expected, "whole")
+  for row, one in zip(rows, expected):
+    np.testing.assert_allclose(
+      list(row.values()), list(one.values()), rtol=1e-4
+    )
+  expected = found.params(found.expected, whole)
   for arrays in found.arrays:
     own = found.params(arrays, name)
     assert set(own) == set(expected)
@@ -134,69 +147,65 @@ def _assert_halves(found, name, whole):
   np.testing.assert_array_equal(second, whole[:, 4:])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-class TestALayout:
-  def test_has_the_losses_and_metrics_of_one_process(self, found, name):
-    rows = _rows(found.work / name)
+def _assert_predicts_each_once(found, name, whole="whole"):
+  """29 examples in batches of 8: the last is filled up by three."""
+  for what, shape in (
+    ("logits", (29, tiny.CLASSES)),
+    ("weights", (29, 1, tiny.K)),
+  ):
+    expected = found.expected[f"{whole}/{what}"]
+    assert expected.shape == shape
+    for arrays in found.arrays:
+      own = arrays[f"{name}/{what}"]
+      np.testing.assert_allclose(own, expected, atol=1e-3)
+
+
+class TestTwoProcesses:
+  def test_train_as_one(self, found):
+    rows = _rows(found.work / "sharded")
     assert len(rows) == STEPS and "val_top1" in rows[-1]
-    _assert_as_one(rows, _rows(found.one / "whole"))
+    _assert_as_one(found, "sharded")
 
-  def test_has_the_parameters_of_one_process_in_both(self, found, name):
-    _assert_params_as_one(found, name)
-
-  def test_predicts_each_example_once_in_both(self, found, name):
-    """29 examples in batches of 8: the last is filled up by three."""
-    for what, shape in (
-      ("logits", (29, tiny.CLASSES)),
-      ("weights", (29, 1, tiny.K)),
-    ):
-      expected = found.expected[f"whole/{what}"]
-      assert expected.shape == shape
-      for arrays in found.arrays:
-        own = arrays[f"{name}/{what}"]
-        np.testing.assert_allclose(own, expected, atol=1e-3)
+  def test_predict_each_example_once(self, found):
+    _assert_predicts_each_once(found, "sharded")
 
   @pytest.mark.parametrize("key", ["query", "rows", "label"])
-  def test_each_process_prepares_its_half_of_each_batch(self, found, name, key):
+  def test_prepare_a_half_of_each_batch_each(self, found, key):
     whole = found.expected[f"whole/fed/{key}"]
     assert whole.shape[:2] == (STEPS, 8)
-    _assert_halves(found, f"{name}/fed/{key}", whole)
+    _assert_halves(found, f"sharded/fed/{key}", whole)
 
-  def test_splits_parameters_over_devices(self, found, name):
-    classes = {"sharded": tiny.CLASSES // 4, "host": tiny.CLASSES // 2}[name]
+  def test_have_the_same_examples_where_model_is_along_both(self, found):
+    assert [x["over_both"] for x in found.facts] == [list(range(8))] * 2
+
+  def test_split_parameters_over_the_devices_of_both(self, found):
     for facts in found.facts:
-      assert facts[f"{name}/head"] == [tiny.D, classes]
+      assert facts["head"] == [tiny.D, tiny.CLASSES // 4]
 
 
 class TestTheWorkingSet:
-  def test_sharded_is_in_each_process_only_as_the_rows_of_its_devices(
+  def test_sharded_is_in_a_process_as_the_rows_of_its_devices_alone(
     self, found
   ):
     keys = tiny.memory().keys.astype(np.float16)
     seen = {}
     for arrays in found.arrays:
-      own = [n for n in arrays.files if n.startswith("sharded/keys/")]
+      own = {n: arrays[n] for n in arrays if n.startswith("keys/")}
       assert len(own) == 2
-      seen |= {n: arrays[n] for n in own}
+      seen |= own
     assert len(seen) == 4  # no device is of both
     parts = [np.zeros((6, tiny.D)) for _ in range(4)]  # 23 rows in four parts
     for i, part in enumerate(parts):
       part[: len(keys[i::4])] = keys[i::4]
-    for part in seen.values():
-      assert sum(np.array_equal(part, x) for x in parts) == 1
-      parts = [x for x in parts if not np.array_equal(part, x)]
-    assert parts == []
+    as_set = lambda parts: {tuple(x.ravel()) for x in parts}
+    assert as_set(seen.values()) == as_set(parts)
 
   def test_on_the_host_is_read_for_a_process_s_own_examples_alone(self, found):
-    for facts in found.facts:
-      shapes = facts["host/neighbors"]
-      assert len(shapes) >= STEPS
-      for shape in shapes:
-        assert np.prod(shape[:-2]) == 4 and shape[-2:] == [tiny.K, tiny.D]
-
-
-def test_along_model_over_both_processes_they_have_the_same_examples(found):
-  assert [x["over_both"] for x in found.facts] == [list(range(8))] * 2
+    rows = found.expected["whole/fed/rows"][:3]
+    _assert_halves(found, "host/fed/rows", rows)
+    for name, x in (("keys", tiny.memory().keys), ("values", tiny.memory()[1])):
+      x = x.astype(np.float16)[np.maximum(rows, 0)]
+      _assert_halves(found, f"host/fed/{name}", x)
 
 
 def test_only_process_0_writes_but_for_its_part_of_checkpoints(found):
@@ -232,22 +241,27 @@ class TestAStop:
       for path, x in found.params(arrays, "stopped").items():
         np.testing.assert_array_equal(x, whole[path])
 
-  def test_is_gone_on_from_by_one_process_on_one_device(
-    self, found, trainer, tmp_path
-  ):
-    folder = tmp_path / "copy"
-    shutil.copytree(found.work / "as_stopped", folder)
-    trainer.run(0, folder)
-    _assert_as_one(_rows(folder), _rows(found.one / "whole"))
-    before = (found.work / "as_stopped" / "metrics.jsonl").read_bytes()
-    assert (folder / "metrics.jsonl").read_bytes().startswith(before)
+  def test_is_gone_on_from_by_one_process_on_one_device(self, found, trainer):
+    shutil.copytree(found.work / "as_stopped", found.work / "by_one")
+    seen = child.Seen()
+    with pytest.MonkeyPatch.context() as patch:
+      seen.watch(patch.setattr)
+      seen.run("by_one", trainer, found.work / "by_one")
+    found = dataclasses.replace(found, arrays=[seen.arrays])
+    _assert_as_one(found, "by_one")
+    before, after = (
+      (found.work / name / "metrics.jsonl").read_bytes()
+      for name in ("as_stopped", "by_one")
+    )
+    assert after.startswith(before)
 
   def test_of_one_process_is_gone_on_from_by_two(self, found):
-    _assert_params_as_one(found, "from_one")
-    one, two = found.one / "whole", found.work / "from_one"
-    _assert_as_one(_rows(two), _rows(one))
-    lines = lambda x: (x / "metrics.jsonl").read_text().splitlines()
-    assert lines(two)[:5] == lines(one)[:5]  # its last checkpoint
+    _assert_as_one(found, "from_one")
+    one, two = (
+      (folder / "metrics.jsonl").read_text().splitlines()
+      for folder in (found.one / "whole", found.work / "from_one")
+    )
+    assert two[:5] == one[:5]  # up to its last checkpoint
 
 
 def test_a_step_that_is_not_finite_is_named_by_each_with_its_own_examples(
@@ -266,15 +280,16 @@ def test_a_step_that_is_not_finite_is_named_by_each_with_its_own_examples(
 
 
 class TestFineTuning:
-  def test_has_the_losses_of_one_process(self, found):
+  def test_has_the_losses_and_predictions_of_one_process(self, found):
     rows = _rows(found.work / "finetuned")
-    assert len(rows) == 5
-    _assert_as_one(rows, _rows(found.one / "finetuned"))
+    assert len(rows) == 5 and "val_top1" in rows[-1]
+    _assert_as_one(found, "finetuned", "finetuned")
+    _assert_predicts_each_once(found, "finetuned", "finetuned")
 
   def test_each_process_decodes_and_augments_its_part_alone(self, found):
-    numbers = input_pipeline.numbers(np.arange(40), tiny.N, 0).reshape(5, 8)
     whole = found.expected["finetuned/fed/images"]
     assert whole.shape[:2] == (5, 8)
     _assert_halves(found, "finetuned/fed/images", whole)
+    numbers = input_pipeline.numbers(np.arange(40), tiny.N, 0).reshape(5, 8)
     for own, facts in zip((numbers[:, :4], numbers[:, 4:]), found.facts):
-      assert facts["decoded"] == sorted(set(own.flat))
+      assert facts["decoded"] == sorted(set(own.ravel().tolist()))

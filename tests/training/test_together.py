@@ -28,7 +28,8 @@ EVERYTHING = {"mixup": 0.4, "ema": 0.8, "eval_epochs": 2.0}
 @pytest.fixture(scope="module")
 def trainer():
   """One for all tests: it holds no state of a run, and compiles once."""
-  return tiny.trainer(**EVERYTHING)
+  model = models.build("mean_knn", tiny.CLASSES, neighbor_dropout=0.3)
+  return tiny.trainer(model, **EVERYTHING)
 
 
 def _linear():
