@@ -287,6 +287,7 @@ class Experiment:
         finetuned=finetuned,
         start=start.find(train["start_from"], name, seed),
         memory_dtype=self._layout.dtype,
+        point=trial.point,
       )
       for seed in range(train["seeds"])
     ]

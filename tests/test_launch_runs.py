@@ -69,11 +69,15 @@ def test_a_launcher_that_is_told_to_stop_tells_main_and_waits(fakes, told):
   fakes.write("record.codes", "wait\n0\n")
   script, *arguments = TRAIN["gpu"]
   process = subprocess.Popen(
-    [ROOT / "launch" / f"{script}.sh", *arguments], env=fakes.env, cwd=ROOT
+    [ROOT / "launch" / f"{script}.sh", *arguments],
+    env=fakes.env,
+    cwd=ROOT,
+    # Tests that run in the background have it ignored, and hand that down.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   _until(lambda: fakes.is_there("record.waits"))
   process.send_signal(told)
-  assert process.wait(timeout=10) == 75
+  assert process.wait(timeout=60) == 75
   assert len(fakes.calls()) == 1  # it is not started again
 
 
@@ -251,8 +255,8 @@ def test_a_tpu_vm_goes_on_until_it_is_told_to_stop(fakes):
   following.append(follow())
   assert following[1].stdout.readline() == b"this is main\n"
   stop = [*pod, "--do=stop"]
-  subprocess.run(stop, env=fakes.env, cwd=ROOT, check=True, timeout=20)
-  outputs = [process.communicate(timeout=20)[0] for process in following]
+  subprocess.run(stop, env=fakes.env, cwd=ROOT, check=True, timeout=60)
+  outputs = [process.communicate(timeout=60)[0] for process in following]
   assert [process.returncode for process in following] == [75, 75]
   assert outputs[0] == b"this is main\n" * 2
   assert len(fakes.calls_of("python")) == 2

@@ -1,7 +1,10 @@
 """Orbax checkpoints of a training run, and the final parameters as one file."""
 
+import contextlib
+import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +17,9 @@ from retrieval_aug.common import files
 from retrieval_aug.common.errors import UserError
 
 _METRIC = "metric"
+
+# How TensorStore tells what the operating system told it.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class Checkpoints:
@@ -53,8 +59,21 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_):
-    self._manager.wait_until_finished()
-    self._manager.close()
+    with self._saving():
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    """Turns a failed write of now or before into an `OSError`."""
+    try:
+      yield
+    except Exception as error:
+      found = _OS_ERROR.search(str(error))
+      if found is None:
+        raise
+      code = int(found[1])
+      raise OSError(code, os.strerror(code), str(self._folder)) from error
 
   def save(self, step: int, state: Any, metric: float | None = None) -> None:
     """Starts writing `state`; training goes on meanwhile.
@@ -63,13 +82,20 @@ class Checkpoints:
       step: steps done.
       state: of arrays, on any devices of any processes.
       metric: of which the best state has the largest; None is not compared.
+
+    Raises:
+      OSError: this state or the one before cannot be written: `ENOSPC` where
+        the disk is full. Older ones stay.
     """
     metrics = None if metric is None else {_METRIC: metric}
-    self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+    args = ocp.args.StandardSave(state)
+    with self._saving():
+      self._manager.save(step, args=args, metrics=metrics)
 
   def wait(self) -> None:
-    """Until the last save is on disk."""
-    self._manager.wait_until_finished()
+    """Until the last save is on disk; raises as `save` does."""
+    with self._saving():
+      self._manager.wait_until_finished()
 
   def restore(self, like: Any, *, best: bool = False) -> tuple[int, Any]:
     """The latest (step, state), or (0, like) where there is none.

@@ -1,6 +1,7 @@
 """The evaluate stage: predictions and metrics of trained runs."""
 
 import contextlib
+
 import numpy as np
 
 from retrieval_aug.common import distributed, files, manifest, progress

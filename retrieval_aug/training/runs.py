@@ -50,6 +50,7 @@ class Run:
       that fine-tunes; else None.
     start: the run whose parameters it begins with, if any.
     memory_dtype: of the working set.
+    point: of a sweep, for messages.
   """
 
   model_name: str
@@ -61,6 +62,7 @@ class Run:
   finetuned: dict[str, Any] | None = None
   start: manifest.Artifact | None = None
   memory_dtype: str = "float16"
+  point: str = ""
 
   @property
   def finetunes(self) -> bool:
@@ -100,7 +102,9 @@ class Run:
 
   @property
   def label(self) -> str:
-    return f"{self.model_name} seed {self.seed}"
+    return " ".join(
+      filter(None, (self.model_name, self.point, f"seed {self.seed}"))
+    )
 
   def params(self) -> Any:
     """The trained parameters, verified."""

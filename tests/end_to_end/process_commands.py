@@ -22,6 +22,7 @@ import ml_collections
 from retrieval_aug import experiment  # noqa: F401 - what the commands need
 from retrieval_aug.common import distributed, stopping, tf
 from tests.end_to_end import embeddings
+from tests.training.process_training import compiled_quickly
 
 MODELS = "linear,mam"
 
@@ -57,7 +58,7 @@ def give(folder: pathlib.Path, name: str, *commands: list[str]) -> list[int]:
     children.append(os.fork())
     if children[-1]:
       continue
-    signal.alarm(600)  # one that hangs would outlive the test
+    signal.alarm(1800)  # one that hangs would outlive the test
     for stream, suffix in ((1, "out"), (2, "err")):
       path = folder / f"{name}_{index}.{suffix}"
       os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
@@ -69,7 +70,8 @@ def give(folder: pathlib.Path, name: str, *commands: list[str]) -> list[int]:
       *(f"--coordinator={address}", "--num_processes=2"),
       f"--process_id={index}",
     ]
-    runpy.run_module("retrieval_aug.main", run_name="__main__")
+    with compiled_quickly():
+      runpy.run_module("retrieval_aug.main", run_name="__main__")
     raise AssertionError("the main program exits")
   status = [os.waitpid(child, 0)[1] for child in children]
   return [os.waitstatus_to_exitcode(x) for x in status]
@@ -78,7 +80,7 @@ def give(folder: pathlib.Path, name: str, *commands: list[str]) -> list[int]:
 def _stop_after_two_steps(index: int) -> None:
   """Process 1 alone gets SIGTERM."""
   reached = distributed.Preemption.reached
-  stopping.LOOK = 0.02  # seconds until the other knows
+  stopping.LOOK = 0.05  # seconds until the other knows
 
   def slow(self, step):
     if (index, step) == (1, 2):

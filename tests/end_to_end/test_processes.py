@@ -20,6 +20,7 @@ import pytest
 from retrieval_aug import main
 from tests.end_to_end import embeddings
 from tests.end_to_end import process_commands as child
+from tests.training.process_training import compiled_quickly
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODELS = child.MODELS.split(",")
@@ -57,14 +58,13 @@ class Said:
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
   folder = embeddings.write(tmp_path_factory.mktemp("processes"))
-  with jax.numpy_rank_promotion("raise"):
+  with jax.numpy_rank_promotion("raise"), compiled_quickly():
     config = child.get_config(str(folder))
     main.run(config, folder / "two", ["embed", "search"])
     shutil.copytree(folder / "two", folder / "one")
     env = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the work
       "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, child.__file__, str(folder)]

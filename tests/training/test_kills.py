@@ -1,10 +1,16 @@
-"""A killed training loses nothing and does nothing twice, whenever it is."""
+"""A training that is ended loses nothing and does nothing twice."""
 
+import errno
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+
+from retrieval_aug.training.checkpoint import Checkpoints
 
 KILLS, STOPS, SEED = 4, 1, 0
 
@@ -24,3 +30,52 @@ def test_ended_at_random_moments_the_bytes_are_the_same(tmp_path):
   told = json.loads(done.stdout.splitlines()[-1])
   assert told.pop("finished") >= 1
   assert told.pop("-9") == KILLS and sum(told.values()) == STOPS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 2 MB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+  try:
+    done = subprocess.run(mount, capture_output=True)
+  except OSError:
+    pytest.skip("there is no mount command")
+  if done.returncode:
+    pytest.skip("mounting a file system is not permitted here")
+  yield folder
+  subprocess.run(["umount", folder], check=True)
+
+
+def _state(number):
+  return {"kernel": np.random.default_rng(number).normal(size=(100, 100))}
+
+
+def _save(folder, number):
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    checkpoints.save(number, _state(number))
+
+
+@pytest.mark.parametrize("kilobytes", [0, 10, 60])
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+  small_disk, kilobytes
+):
+  """Whatever is the first that there is no room for."""
+  _save(small_disk, 1)
+  filler = small_disk / "filler"
+  with pytest.raises(OSError), open(filler, "wb", buffering=0) as f:
+    while True:
+      f.write(bytes(1024))
+  os.truncate(filler, filler.stat().st_size - 1024 * kilobytes)
+  with pytest.raises(OSError) as caught:
+    _save(small_disk, 2)
+  assert caught.value.errno == errno.ENOSPC  # which the main program explains
+  filler.unlink()
+  with Checkpoints(small_disk / "checkpoints") as checkpoints:
+    step, state = checkpoints.restore(_state(0))
+  assert step == 1
+  np.testing.assert_array_equal(state["kernel"], _state(1)["kernel"])
+  _save(small_disk, 3)
+  saved = [p.name for p in (small_disk / "checkpoints").iterdir()]
+  assert saved == ["3"]

@@ -59,7 +59,6 @@ def _start(folder):
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the work
     "PYTHONPATH": str(ROOT),
   }
   return subprocess.Popen(
@@ -98,7 +97,7 @@ def trainer():
 def found(tmp_path_factory, trainer):
   folder = tmp_path_factory.mktemp("processes")
   one = tmp_path_factory.mktemp("one")
-  with jax.numpy_rank_promotion("raise"):
+  with jax.numpy_rank_promotion("raise"), child.compiled_quickly():
     _stop_after(trainer, 7, folder / "work" / "from_one")
     with _start(folder) as processes:
       with pytest.MonkeyPatch.context() as patch:
