@@ -216,14 +216,15 @@ def shutdown() -> None:
 class Preemption:
   """While entered, SIGTERM asks for a stop instead of ending the process.
 
-  A second SIGTERM ends it as usual. Signals belong to the main thread; in
-  another one nothing happens.
+  A second SIGTERM ends it as usual, and so does one that came too late to stop
+  at a step, when this is left. Signals belong to the main thread; in another
+  one nothing happens.
   """
 
   _entered = 0  # how often in this process
 
   def __init__(self):
-    self._asked = False
+    self._asked = self._answered = False
     self._together: StopTogether | None = None
 
   def __enter__(self) -> "Preemption":
@@ -252,11 +253,15 @@ class Preemption:
     got the signal; each must ask after every step.
     """
     if self._together is not None:
-      return self._together.reached(step)
-    return self._asked
+      self._answered = self._together.reached(step)
+    else:
+      self._answered = self._asked
+    return self._answered
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, kind, *_) -> None:
     if self._main:
       self._restore()
       if self._together is not None:
         self._together.end()
+      if self._asked and not self._answered and kind is None:
+        signal.raise_signal(signal.SIGTERM)

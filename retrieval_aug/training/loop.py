@@ -275,7 +275,7 @@ class Trainer:
             books.write(rows)
             if save:
               books.save(number, state, top)
-        if stop and not last:
+        if stop:
           raise books.preempted(number, total)
     if books.logs and total > first:
       self._summarize(meter, books)

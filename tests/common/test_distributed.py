@@ -227,6 +227,14 @@ def test_the_first_sigterm_asks_and_the_second_ends(signals):
   assert signals == ["former"] * 2
 
 
+def test_a_sigterm_after_the_last_step_is_not_lost(signals):
+  with distributed.Preemption() as preemption:
+    assert not preemption.reached(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals == []
+  assert signals == ["former"]
+
+
 def test_a_thread_leaves_sigterm_alone(signals):
   found = []
 

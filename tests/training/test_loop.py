@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from retrieval_aug import models
+from retrieval_aug.common import distributed
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.training import input_pipeline, predict
 from tests.training import tiny
@@ -128,6 +129,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
   assert (tmp_path / "metrics.jsonl").read_bytes() == (
     folder / "metrics.jsonl"
   ).read_bytes()
+
+
+def test_a_run_that_is_stopped_at_its_last_step_is_finished_by_the_next(
+  whole, trainer, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    reached = lambda preemption, step: step == STEPS
+    patch.setattr(distributed.Preemption, "reached", reached)
+    with pytest.raises(distributed.Preempted, match="after step 14 of 14"):
+      _run(trainer, tmp_path)
+  _assert_equal(_run(trainer, tmp_path), whole[1])
+  assert _losses(tmp_path) == _losses(whole[0])
 
 
 def test_a_finished_run_is_not_trained_again(
