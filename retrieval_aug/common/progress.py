@@ -6,6 +6,8 @@ from typing import Any
 
 import tqdm
 
+from retrieval_aug.common import distributed
+
 
 def bar(
   items: Iterable[Any] | None = None,
@@ -43,5 +45,9 @@ def bar(
 
 
 def note(text: str) -> None:
-  """Prints one line to standard error at once."""
-  print(text, file=sys.stderr, flush=True)
+  """Prints one line to standard error at once.
+
+  Of several processes only the first does: all come to the same places.
+  """
+  if distributed.is_first():
+    print(text, file=sys.stderr, flush=True)

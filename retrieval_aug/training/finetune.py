@@ -178,7 +178,9 @@ def load(
       images.make(cache, items(), encoder, threads=threads, processes=processes)
     # All wait for the first, however long it takes.
     distributed.barrier("images", timeout=_WAIT)
-    found[cache.inputs["split"]] = images.Images(cache)
+    found[cache.inputs["split"]] = images.Images(
+      cache, check=distributed.is_first()
+    )
   record = neighbors.shards()["key_transform"]
   ((name, digest),) = record["files"].items()
   path = neighbors.folder / name

@@ -174,15 +174,21 @@ class Images:
     size: side of the encoder's input in pixels.
   """
 
-  def __init__(self, artifact: manifest.Artifact):
-    """Opens and verifies it.
+  def __init__(self, artifact: manifest.Artifact, *, check: bool = True):
+    """Opens it.
+
+    Args:
+      artifact: the cache.
+      check: whether to verify it, which reads all; one of several processes is
+        enough.
 
     Raises:
       UserError: it is not finished, or a file of it is damaged.
     """
     if not artifact.is_complete():
       raise UserError(f"{artifact.folder}: not finished; {artifact.remedy}.")
-    artifact.verify()
+    if check:
+      artifact.verify()
     self.size = artifact.info()["size"]
     self._rows = artifact.info()["rows"]
     self._shard_rows = artifact.inputs["shard_rows"]
