@@ -121,7 +121,7 @@ def saved(workdir: pathlib.Path) -> set[int]:
   return {int(p.name) for p in folder.iterdir()}
 
 
-def start(workdir: pathlib.Path, stages: str, end: End) -> int:
+def start(workdir: pathlib.Path, end: End) -> int:
   """A child that gives the command; its number."""
   pid = os.fork()
   if pid:
@@ -138,7 +138,7 @@ def start(workdir: pathlib.Path, stages: str, end: End) -> int:
     "main",
     f"--config={__file__}:{workdir.parent}",
     f"--workdir={workdir}",
-    f"--stages={stages}",
+    "--stages=embed,search,train,evaluate",
   ]
   runpy.run_module("retrieval_aug.main", run_name="__main__")
   raise AssertionError("the main program exits")
@@ -176,16 +176,11 @@ def _end_after_step(end: End) -> None:
   distributed.Preemption.reached = reached_at
 
 
-def run(workdir: pathlib.Path, end: End, stages: str) -> tuple[int, str]:
+def run(workdir: pathlib.Path, end: End) -> tuple[int, str]:
   """Gives the command in a child: its exit code, and what it said."""
-  _, status = os.waitpid(start(workdir, stages, end), 0)
+  _, status = os.waitpid(start(workdir, end), 0)
   said = pathlib.Path(f"{workdir}.err").read_text()
   return os.waitstatus_to_exitcode(status), said
-
-
-def train(workdir: pathlib.Path, end: End) -> tuple[int, str]:
-  """What is tested."""
-  return run(workdir, end, "train,evaluate")
 
 
 def check_stopped(workdir: pathlib.Path, said: str) -> int:
@@ -204,19 +199,18 @@ def main() -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   write_data(folder / "data")
 
-  code, said = run(folder / "prepared", End(), "embed,search")
+  whole = folder / "whole"
+  code, said = run(whole, End())
   assert code == 0, said
-  prepare = lambda name: shutil.copytree(folder / "prepared", folder / name)
-  whole = prepare("whole")
-  code, said = train(whole, End())
-  assert code == 0, said
+  ignored = shutil.ignore_patterns("runs")
+  prepare = lambda name: shutil.copytree(whole, folder / name, ignore=ignored)
   expected = digests(whole)
   kept = saved(whole)
   assert len(kept) == 2 and max(kept) == STEPS, kept
   operations = int(pathlib.Path(f"{whole}.operations").read_text())
 
   place = prepare("place_0")
-  code, said = train(place, End(signal.SIGTERM, step=NOT_DUE))
+  code, said = run(place, End(signal.SIGTERM, step=NOT_DUE))
   assert code == distributed.EXIT_PREEMPTED, (code, said)
   assert check_stopped(place, said) == NOT_DUE
 
@@ -232,7 +226,7 @@ def main() -> None:
       # Each does at most half of the work.
       at, delay = rng.integers(1, operations // 2), rng.uniform(0, 0.05)
       end = End(signals[-1], int(at), delay * rng.integers(2))
-    code, said = train(place, end)
+    code, said = run(place, end)
     print(place.name, end, code, flush=True)
     if code == distributed.EXIT_PREEMPTED:
       check_stopped(place, said)

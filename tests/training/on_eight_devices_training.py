@@ -1,6 +1,6 @@
 """Training over a mesh, run by `test_sharding.py` with 8 virtual devices.
 
-Whatever lies where, it must be what one device does: all that is random is on.
+Whatever lies where, it must be what one device does, which draws the same.
 """
 
 import functools
@@ -81,7 +81,6 @@ def _trainer(name: str) -> loop.Trainer:
     batch_size=B,
     accumulate=2,
     ema=0.5,
-    mixup=0.2,
     eval_epochs=4 * B / N,
     checkpoint_epochs=100.0,
   )
