@@ -38,7 +38,7 @@ def bar(
     file=sys.stderr,
     mininterval=0.2 if terminal else 10.0,
     dynamic_ncols=terminal,
-    ncols=None if terminal else 100,
+    ncols=None if terminal else 140,
     ascii=not terminal,
     disable=not shown,
   )
