@@ -8,6 +8,7 @@ left in `FOLDER/<command>_<process>.out` and `.err`, the exit codes in
 It is also their config file: --config=THIS:FOLDER.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -34,6 +35,8 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
   c.train.epochs = 4.0
   c.model.mam.train.epochs = 4.0
   c.model.name = MODELS
+  c.model.mam.num_layers = 1
+  c.log.tensorboard = False  # slow to import
   return c
 
 
@@ -94,6 +97,7 @@ def _stop_after_two_steps(index: int) -> None:
 def main() -> None:
   folder = pathlib.Path(sys.argv[1])
   tf.import_tensorflow()
+  gc.freeze()  # what is imported stays shared, and is not looked through again
   train, other = "--stages=train", "--config.train.learning_rate=1"
   # mam in a layout that is not the default; linear has no neighbours.
   layout = (

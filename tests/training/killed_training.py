@@ -240,7 +240,7 @@ def main() -> None:
     found = digests(place)
     assert found == expected, sorted(set(found.items()) ^ set(expected.items()))
     # A kill before the last but one is deleted leaves it there.
-    assert kept <= saved(place) <= kept | {STEPS - 2}
+    assert kept <= saved(place) and len(saved(place) - kept) <= 1
     if signals:
       number += 1
       place = prepare(f"place_{number}")

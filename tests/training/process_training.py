@@ -6,6 +6,7 @@ they saw in `FOLDER/process_<n>.npz` and `.json`.
 """
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -236,6 +237,7 @@ def process(address: str, index: int, folder: pathlib.Path) -> None:
 
 def main(address: str, folder: str) -> None:
   tf.import_tensorflow()
+  gc.freeze()  # what is imported stays shared, and is not looked through again
   children = []
   for index in range(2):
     children.append(os.fork())
