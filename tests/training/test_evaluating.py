@@ -184,7 +184,6 @@ def test_the_average_is_kept(whole):
   [
     ([7, 23, 19, 2, 11], 6),
     ([7, 2, 19, 19, 18], 12),  # the later of two that are equal
-    ([1, 2, 3, 4, 5], 14),
   ],
 )
 def test_the_best_is_kept_beside_the_latest(
@@ -198,7 +197,7 @@ def test_the_best_is_kept_beside_the_latest(
   assert _saved(tmp_path) == {best, STEPS}
 
 
-@pytest.mark.parametrize("stopped", [7, 9, 13])
+@pytest.mark.parametrize("stopped", [7, 9])
 def test_the_best_survives_a_resume(
   whole, trainer, tmp_path, tops, stop, stopped
 ):

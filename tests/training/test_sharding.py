@@ -36,7 +36,7 @@ def test_on_eight_devices():
   done = subprocess.run(
     [sys.executable, "-m", "pytest", "-n", "0", "-q", *files],
     cwd=folder.parents[1],
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    env=os.environ | {"XLA_FLAGS": _EIGHT_DEVICES},
     capture_output=True,
     text=True,
   )
