@@ -23,7 +23,6 @@ from retrieval_aug.experiment import Experiment
 from retrieval_aug.settings import train_settings
 from retrieval_aug.training import loop, predict, runs
 from retrieval_aug.training.data import Data
-from retrieval_aug.training.settings import TrainSettings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the finished search stage.")
@@ -45,10 +44,7 @@ def score(
   """Top-1 accuracy in percent over all held-out folds."""
   run = runs.Run(name, options, settings, 0, pathlib.Path(), "")
   model = runs.build(run, shared)
-  settings = dict(settings)
-  aside = ("k", "seeds", "start_from", "seeds_at_once")
-  k, *_ = (settings.pop(n) for n in aside)
-  data = data | {"rows": data["rows"][:, :k]}
+  data = data | {"rows": data["rows"][:, : settings["k"]]}
   num_classes = len(shared.class_counts)
   correct = []
   for held in range(fold.max() + 1):
@@ -59,7 +55,7 @@ def score(
     counts = np.bincount(train["label"], minlength=num_classes)
     trainer = loop.Trainer(
       model,
-      TrainSettings(**settings),
+      runs.settings_of(run, shared),
       shared.memory,
       train,
       np.maximum(counts, 1),

@@ -21,7 +21,7 @@ core-seconds leave out what other processes take. Sections:
 
   throughput  input and step together, each alone, and XLA's counts of the step
   bytes       an example takes on disk
-  examples    an epoch of N/32, N/16 and N/8 examples in the training loop
+  examples    an epoch of N/16, N/8 and N/4 examples in the training loop
   memory      the same training from memories of several sizes, in turn
   input       share of the time that the training loop waits for input
 
@@ -147,7 +147,7 @@ def epochs(of: Set, batch_size: int, say: Say) -> None:
   # What is loaded and compiled for the first run is not the epoch's.
   trained(contenders.trainer(of, batch_size), 2)
   say("\nan epoch of N examples in the training loop")
-  for every in (32, 16, 8):
+  for every in (16, 8, 4):
     told = trained(contenders.trainer(of, batch_size, every=every))
     n = len(of.train["label"][::every])
     seconds = n / told["examples_per_second"]

@@ -20,7 +20,13 @@ from retrieval_aug.report import leaks_picture, neighbors_picture, pictures
 from retrieval_aug.retrieval.stages import Retrieval, Runner, run_here
 from retrieval_aug.settings import Settings, chosen_models, train_settings
 from retrieval_aug.sweep import Trial
-from retrieval_aug.training import data, evaluations, finetune, runs, start
+from retrieval_aug.training import evaluations, finetune, runs, start
+from retrieval_aug.training.data import (
+  Data,
+  joined_data,
+  load_data,
+  read_examples,
+)
 from retrieval_aug.training.settings import Layout, Telling
 
 
@@ -151,7 +157,7 @@ class Experiment:
     if pictures.version_of(path) == version:
       return False
     queries, memory = self.tables
-    examples = data.read_examples(self._neighbors, queries)
+    examples = read_examples(self._neighbors, queries)
     rows = neighbors_picture.choose(
       examples["train"].labels,
       examples["test"],
@@ -234,21 +240,21 @@ class Experiment:
   def _neighbors(self) -> Artifact:
     return self.retrieval.now.neighbors
 
-  def data_of(self, model: str) -> data.Data:
+  def data_of(self, model: str) -> Data:
     """What the runs of a model see; needs the search stage to be finished."""
     return self._joined_data if model == "rac" else self.data
 
   @functools.cached_property
-  def _joined_data(self) -> data.Data:
+  def _joined_data(self) -> Data:
     joined = self.retrieval.now.joined
     if not joined.is_complete():
       raise UserError(
         f"{joined.folder}: not finished; run --stages=search first."
       )
-    return data.joined_data(self.data, joined)
+    return joined_data(self.data, joined)
 
   @functools.cached_property
-  def data(self) -> data.Data:
+  def data(self) -> Data:
     """What all models but RAC see; needs the search stage to be finished."""
     rows = self.retrieval.now.working_set
     for artifact in (self._neighbors, rows):
@@ -256,8 +262,8 @@ class Experiment:
         raise UserError(
           f"{artifact.folder}: not finished; run --stages=search first."
         )
-    return data.load_data(
-      data.read_examples(self._neighbors, self.tables[0]),
+    return load_data(
+      read_examples(self._neighbors, self.tables[0]),
       working_set.load_working_set(rows, check=distributed.is_first()),
       rows.fingerprint,
     )

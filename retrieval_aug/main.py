@@ -162,8 +162,7 @@ def _is_here(stage: str) -> bool:
     return True
   if stage == "report":
     return distributed.is_first()
-  if distributed.is_first():
-    progress.note(f"{stage}: left to a run of one process")
+  progress.note(f"{stage}: left to a run of one process")
   return False
 
 

@@ -97,7 +97,7 @@ def _flat(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any]]:
 def unknown_key_error(name: str, known: list[str]) -> UserError:
   """The error for a key that does not exist, naming the nearest that does."""
   # A setting of training that cannot be swept, or the nearest.
-  near = [k for k in known if k[:6] == "train." and f"sweep.{k}" == name]
+  near = [k for k in known if k.startswith("train.") and f"sweep.{k}" == name]
   near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   if not near:  # the right name in the wrong section
     last = name.rsplit(".", 1)[-1]

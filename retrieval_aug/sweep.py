@@ -21,14 +21,13 @@ from typing import Any
 import ml_collections
 
 from retrieval_aug import config as configs
-from retrieval_aug.common import distributed, files, manifest, progress
+from retrieval_aug.common import files, manifest, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.evaluation import sweep_table
 from retrieval_aug.settings import Settings
 from retrieval_aug.training import start
 from retrieval_aug.training.data import Data
-from retrieval_aug.training.runs import Run, build
-from retrieval_aug.training.settings import TrainSettings
+from retrieval_aug.training.runs import Run, build, settings_of
 
 # Settings of training that a model which trains nothing has a use for.
 _OF_VOTE = ("k", "post_hoc_tau")
@@ -217,7 +216,6 @@ def check(
     UserError: no val example is there to choose a point by, or the settings of
       a point make no sense.
   """
-  names = {field.name for field in dataclasses.fields(TrainSettings)}
   for trial in todo:
     data, run = data_of(trial.model), first[trial]
     if not len(data.examples["val"].labels):
@@ -226,9 +224,8 @@ def check(
         "point; give the dataset one."
       )
     build(run, data)
-    given = {n: v for n, v in run.train.items() if n in names}
-    TrainSettings(**given).make_loss(data.class_counts)
-  if todo and distributed.is_first():
+    settings_of(run, data)
+  if todo:
     models = [trial.model for trial in todo]
     counts = [f"{models.count(m)} of {m}" for m in dict.fromkeys(models)]
     progress.note(f"sweep: points to train: {', '.join(counts)}")
@@ -238,7 +235,7 @@ def check(
 
 def announce(trial: Trial) -> None:
   """Says which point comes next, if it is one of a sweep."""
-  if trial.point and distributed.is_first():
+  if trial.point:
     progress.note(f"sweep: {trial.model} with {trial.point}")
 
 

@@ -8,6 +8,7 @@ here, and what is sent to it by ssh runs in it.
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -68,12 +69,20 @@ def _until(happened):
 def test_a_launcher_that_is_told_to_stop_tells_main_and_waits(fakes, told):
   fakes.write("record.codes", "wait\n0\n")
   script, *arguments = TRAIN["gpu"]
+  # Tests that run in the background ignore SIGINT, and hand that down: a small
+  # Python hears it again and becomes the launcher (`preexec_fn` would fork this
+  # process with jax's threads in it).
+  heard = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+  )
   process = subprocess.Popen(
-    [ROOT / "launch" / f"{script}.sh", *arguments],
+    [
+      *(sys.executable, "-c", heard),
+      *(ROOT / "launch" / f"{script}.sh", *arguments),
+    ],
     env=fakes.env,
     cwd=ROOT,
-    # Tests that run in the background have it ignored, and hand that down.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   _until(lambda: fakes.is_there("record.waits"))
   process.send_signal(told)

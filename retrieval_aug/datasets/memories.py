@@ -33,8 +33,12 @@ SOURCES = ("train", "own", *_GIVEN)
 
 # Options of config.memory that matter once the memory is made.
 OF_LATER_STAGES = (
-  *("clean", "exclude_leaks", "leak_cosine", "leak_sample"),
-  *("placement", "dtype"),
+  "clean",
+  "exclude_leaks",
+  "leak_cosine",
+  "leak_sample",
+  "placement",
+  "dtype",
 )
 
 # Filters that look at more than one item.

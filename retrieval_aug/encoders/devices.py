@@ -9,9 +9,6 @@ exchanged, so that more devices give the same numbers sooner.
 """
 
 import math
-import os
-import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from retrieval_aug.common import free_memory
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.encoders.encoder import Encoder
 
@@ -195,9 +193,4 @@ def _free_memory() -> float:
   devices = jax.local_devices()
   if stats := devices[0].memory_stats():
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  try:
-    text = pathlib.Path("/proc/meminfo").read_text()
-    free = 1024 * int(re.search(r"MemAvailable: +(\d+) kB", text)[1])
-  except (OSError, TypeError):  # Not Linux: what there is in all.
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return free / len(devices)
+  return free_memory.of_machine() / len(devices)

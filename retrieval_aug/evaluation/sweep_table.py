@@ -72,35 +72,15 @@ def to_text(
   figures = [(s, "top1", g) for s in ("val", "test") for g in _GROUPS]
   titles = [f"{s} {g.replace('_', ' ')}" for s, _, g in figures]
   lines = [["model", *swept, *titles]]
+  cell = lambda row: "" if row is None else table.cell(row)
   for at, own in points.items():
     given = [str(settings[at].get(name, "")) for name in swept]
-    lines.append([at[0], *given, *(_cell(own.get(f)) for f in figures)])
+    lines.append([at[0], *given, *(cell(own.get(f)) for f in figures)])
   return "\n".join(
     [
       "Accuracy in percent, mean ± standard deviation over seeds; of each "
       "model the best on val first:",
-      *_markdown(lines),
+      *table.markdown(lines),
       "Val alone chose (all, then class mean); test is shown of its choice.",
     ]
   )
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-  if row is None:
-    return ""
-  if row["mean"] is None:
-    return "no images"
-  if row["std"] is None:
-    return f"{row['mean']:.1f}"
-  return f"{row['mean']:.1f} ± {row['std']:.1f}"
-
-
-def _markdown(lines: list[list[str]]) -> list[str]:
-  """A header and rows of cells, aligned."""
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  out = [
-    "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
-    for line in lines
-  ]
-  out.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-  return out

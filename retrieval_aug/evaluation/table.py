@@ -77,24 +77,29 @@ def to_text(
   titles = [t.replace("_", " ") for t in titles]
   body = []
   for model in dict.fromkeys(r["model"] for r in all_rows):
-    body.append([model, *(_cell(figures[model, m, g]) for m, g in columns)])
-  table = [["model", *titles], *body]
-  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-  lines = [
-    "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
-    for line in table
-  ]
-  lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    body.append([model, *(cell(figures[model, m, g]) for m, g in columns)])
   return "\n".join(
     [
       f"Accuracy on {split} in percent, mean ± standard deviation over seeds:",
-      *lines,
+      *markdown([["model", *titles], *body]),
       _groups_line(train_counts, test_labels, split, bounds),
     ]
   )
 
 
-def _cell(row: dict[str, Any]) -> str:
+def markdown(lines: list[list[str]]) -> list[str]:
+  """The lines of a Markdown table, aligned: a header, and rows of cells."""
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  out = [
+    "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
+    for line in lines
+  ]
+  out.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+  return out
+
+
+def cell(row: dict[str, Any]) -> str:
+  """A row's mean and standard deviation, in percent."""
   if row["mean"] is None:
     return "no images"
   if row["std"] is None:

@@ -1,11 +1,11 @@
 """Index shards: the rows of a memory, cut and dealt to workers."""
 
 import os
-import pathlib
-import re
 from typing import NamedTuple
 
 import numpy as np
+
+from retrieval_aug.common import free_memory
 
 Rows = range | np.ndarray
 
@@ -84,16 +84,7 @@ def rows_that_fit(
     groups: how many work at a time, as far as is known on this machine.
   """
   workers = min(groups, os.cpu_count() or 1)
-  budget = memory_gb * 1e9 or _PART * free_memory() / workers
+  budget = memory_gb * 1e9 or _PART * free_memory.of_machine() / workers
   # As stored, of unit length, and up to two copies in an index.
   row = 2 * raw_dims + 3 * 4 * dims
   return max(int((budget - 4 * dims * num_queries) / row), _FEWEST)
-
-
-def free_memory() -> float:
-  """Bytes that this machine has free."""
-  try:
-    text = pathlib.Path("/proc/meminfo").read_text()
-    return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", text)[1])
-  except (OSError, TypeError):
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

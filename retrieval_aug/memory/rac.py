@@ -13,7 +13,8 @@ import numpy as np
 from retrieval_aug.common import files, manifest
 from retrieval_aug.encoders import Encoder
 from retrieval_aug.memory.embed_texts import embed_texts
-from retrieval_aug.memory.table import Table, read_matrix
+from retrieval_aug.memory.matrices import read_matrix
+from retrieval_aug.memory.table import Table
 
 
 class JoinedTexts(NamedTuple):

@@ -18,7 +18,8 @@ from retrieval_aug.common import files, manifest
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.memory import jobs, neighbors
 from retrieval_aug.memory import key_transform as transforms
-from retrieval_aug.memory.table import Table, read_matrix
+from retrieval_aug.memory.matrices import read_matrix
+from retrieval_aug.memory.table import Table
 
 # Rows that a worker gathers at once.
 _PART_ROWS = 1 << 18

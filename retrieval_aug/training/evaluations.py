@@ -76,9 +76,9 @@ def evaluate(
   )
   for run in todo:
     artifact = artifacts[run.seed]
+    progress.note(f"evaluate {run.label}")
     with contextlib.ExitStack() as stack:
       if distributed.is_first():
-        progress.note(f"evaluate {run.label}")
         stack.enter_context(files.lock(artifact.folder))
         artifact.start()
       params = run.params()

@@ -98,6 +98,7 @@ class Trainer:
     if settings.eval_epochs > 0:
       self._eval_steps = settings.steps(settings.eval_epochs, n)
     self.placed = predictions.place(model, memory, train, self.mesh, layout)
+    self._rules = sharding.parse_rules(layout.sharding)
     tuned = finetuning if settings.finetune else None
     self._finetunes = tuned is not None
     self._query = tuned.query(settings.encoder_batch) if tuned else None
@@ -118,7 +119,7 @@ class Trainer:
       (train["query"].shape[1], train["rows"].shape[1]),
       self.placed,
       self.mesh,
-      sharding.parse_rules(layout.sharding),
+      self._rules,
       (self.total_steps, settings.steps(settings.warmup_epochs, n)),
       self._query,
       tuned.encoder.params if tuned else None,
@@ -236,7 +237,7 @@ class Trainer:
     step = self.compiled.step
     if together > 1:
       step = self.compiled.steps_together
-    self._rates  # noqa: B018 - compiled here, while nothing is timed
+    rates = self._rates  # compiled here, while nothing is timed
     # At most so many steps are under way that nobody has looked at.
     large = self._finetunes or self.placed.kind == "host"
     every = _FETCH_EVERY_OF_LARGE if large else _FETCH_EVERY
@@ -267,7 +268,7 @@ class Trainer:
         look = self._eval_steps and (last or number % self._eval_steps == 0)
         save = last or stop or look or number % self.checkpoint_steps == 0
         if save or len(pending) == every:
-          rows = self._rows(pending, state, books)
+          rows = self._rows(pending, state, books, rates)
           pending = []
           books.show(bar, rows[0], meter.rates())
           with meter.paused():
@@ -297,7 +298,7 @@ class Trainer:
       window, (books.folders[0] or pathlib.Path()) / "profile"
     )
 
-  def _rows(self, pending, state, books: Books) -> list[list[dict]]:
+  def _rows(self, pending, state, books: Books, rates) -> list[list[dict]]:
     """Rows of the metrics of each seed; raises if a step was not done."""
     numbers, told = zip(*pending)
     told = jax.device_get(told)
@@ -314,7 +315,7 @@ class Trainer:
             "step": number,
             "loss": float(x.loss),
             "grad_norm": float(x.grad_norm),
-            "learning_rate": float(self._rates[number - 1]),
+            "learning_rate": float(rates[number - 1]),
           }
         )
     return rows
@@ -363,7 +364,7 @@ class Trainer:
   @functools.cached_property
   def _predictor(self) -> predictions.Predictor:
     return predictions.Predictor(
-      self._model, self.placed, self.mesh, self._query
+      self._model, self.placed, self.mesh, self._rules, self._query
     )
 
   def _summarize(self, meter: speed.Meter, books: Books) -> None:

@@ -9,6 +9,7 @@ host         none is on a device: rows are read from the (memory-mapped)
 
 import concurrent.futures
 import dataclasses
+import gc
 import math
 from typing import Any, NamedTuple
 
@@ -50,6 +51,22 @@ class Memory(NamedTuple):
   labels: Array | None = None
 
 
+def gather(memory: Memory, rows: Array) -> Memory:
+  """Rows of a working set that each device holds as a whole.
+
+  Args:
+    memory: the working set.
+    rows: int [B, k]; of -1, which the model masks, row 0 is taken, which is
+      finite.
+
+  Returns:
+    Every array of the memory gathered: keys [B, k, d], values [B, k, d_v],
+    sources and labels [B, k].
+  """
+  rows = jnp.maximum(rows, 0)
+  return jax.tree.map(lambda x: x[rows], memory)
+
+
 @dataclasses.dataclass(frozen=True)
 class Placed:
   """A working set in its place.
@@ -81,10 +98,9 @@ class Placed:
       Arrays [B, k, ...], split over "data", with floats as they are held.
     """
     memory = lax.stop_gradient(memory)
-    rows = jnp.maximum(rows, 0)
     if self.kind == "sharded":
-      return exchange.gather(memory, rows, self._mesh)
-    return jax.tree.map(lambda x: x[rows], memory)
+      return exchange.gather(memory, jnp.maximum(rows, 0), self._mesh)
+    return gather(memory, rows)
 
   def join(self, batch: dict[str, Any]) -> dict[str, Any]:
     """Adds what the host has to add to a batch.
@@ -234,6 +250,8 @@ def _choose(
 
 def free_bytes() -> int:
   """Free memory of a device: the least among all of all processes."""
+  # What the trainer of another model held, and nobody does any more.
+  gc.collect()
   devices = jax.local_devices()
   stats = [d.memory_stats() for d in devices]
   if all(stats):

@@ -26,6 +26,7 @@ class Predictor:
     model: nn.Module,
     memory: placement.Placed,
     mesh: jax.sharding.Mesh,
+    rules: sharding.Rules,
     query: steps.Query | None = None,
   ):
     """Nothing is compiled yet.
@@ -34,10 +35,10 @@ class Predictor:
       model: called with (query, keys, values, mask).
       memory: the working set.
       mesh: of all devices.
+      rules: how parameters are split over them.
       query: see `step.make_loss`.
     """
-    self._memory = memory
-    self._mesh = mesh
+    self._memory, self._mesh, self._rules = memory, mesh, rules
     step = steps.make_predict_step(model, query, memory.gather)
     # Every process gets all, so that each counts every example once.
     self._step = jax.jit(step, out_shardings=sharding.everywhere(mesh))
@@ -62,7 +63,8 @@ class Predictor:
     """
     mesh = self._mesh
     sharding.check_batch_size("evaluate.batch_size", batch_size, mesh)
-    params = sharding.replicate(params, mesh)
+    at = sharding.shardings(params, self._rules, mesh)
+    params = jax.tree.map(jax.device_put, params, at)
     logits, weights = [], []
     bar = contextlib.nullcontext()
     if what is not None and distributed.is_first():
@@ -121,7 +123,8 @@ def predictor(
   """
   mesh = sharding.mesh(layout.model)
   placed = place(model, memory, arrays, mesh, layout)
-  return Predictor(model, placed, mesh, query)
+  rules = sharding.parse_rules(layout.sharding)
+  return Predictor(model, placed, mesh, rules, query)
 
 
 def place(

@@ -207,19 +207,23 @@ def _needs(trainer: loop.Trainer, together: int) -> int:
   return asked - _bytes(trainer.placed.memory)
 
 
-def _trainer(run: Run, data: Data, finetuning, layout, telling) -> loop.Trainer:
-  """What trains a run and those that are equal but for the seed."""
-  settings = dict(run.train)
-  k = settings.pop("k")
-  for name in ("seeds", "start_from", "seeds_at_once"):
-    settings.pop(name, None)
-  settings = TrainSettings(**settings)
-  available = data.examples["train"].neighbors.shape[1]
+def settings_of(run: Run, data: Data) -> TrainSettings:
+  """How a run trains; what makes no sense on its data is a `UserError`."""
+  k, available = run.train["k"], data.examples["train"].neighbors.shape[1]
   if not 1 <= k <= available:
     raise UserError(
       f"config.train.k={k}: the neighbour shards hold {available}; choose 1 to "
       f"{available}, or search again with a larger config.search.k."
     )
+  names = {field.name for field in dataclasses.fields(TrainSettings)}
+  found = TrainSettings(**{n: x for n, x in run.train.items() if n in names})
+  found.make_loss(data.class_counts)
+  return found
+
+
+def _trainer(run: Run, data: Data, finetuning, layout, telling) -> loop.Trainer:
+  """What trains a run and those that are equal but for the seed."""
+  settings, k = settings_of(run, data), run.train["k"]
   val = None
   if settings.eval_epochs > 0:
     val = data.arrays("val", k)
@@ -287,8 +291,6 @@ def _note(
   todo: list[Run], trainer: loop.Trainer, data: Data, together: int
 ) -> None:
   """Says how much there is to do, and what it will take."""
-  if not distributed.is_first():
-    return
   name, shapes = todo[0].model_name, trainer.compiled.shapes
   # Three copies of the parameters (Adam's two moments), working set once.
   state = _bytes(shapes)
@@ -305,9 +307,8 @@ def _note(
       f"train {name}: {count(shapes.params):,} parameters, of them "
       f"{count(shapes.params['encoder']):,} of the encoder; compiling the step"
     )
-    needs = (
-      trainer.traced().lower().compile().memory_analysis().temp_size_in_bytes
-    )
+    step = trainer.traced().lower().compile()
+    needs = step.memory_analysis().temp_size_in_bytes
     progress.note(
       f"train {name}: a step of {trainer.settings.batch_size} images needs "
       f"{needs / 1e6:,.0f} MB beside that (a smaller train.encoder_batch needs "

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from retrieval_aug.training import loss as losses
-from retrieval_aug.training.placement import Memory
+from retrieval_aug.training.placement import Memory, gather
 
 # From parameters of the encoder and uint8 images [B, S, S, 3] to [B, d].
 Query = Callable[[Any, Array], Array]
@@ -49,24 +49,6 @@ class Metrics(NamedTuple):
   loss: Array
   grad_norm: Array
   ok: Array
-
-
-def gather(memory: Memory, rows: Array) -> Memory:
-  """Rows of a working set that each device holds as a whole.
-
-  Rows of -1 are masked by `inputs`; what stands in their place is row 0, which
-  is finite.
-
-  Args:
-    memory: the working set.
-    rows: int [B, k].
-
-  Returns:
-    Every array of the memory gathered: keys [B, k, d], values [B, k, d_v],
-    sources and labels [B, k].
-  """
-  safe = jnp.maximum(rows, 0)
-  return jax.tree.map(lambda x: x[safe], memory)
 
 
 def inputs(

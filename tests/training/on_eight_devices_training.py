@@ -132,20 +132,23 @@ def parts(monkeypatch):
 
 
 def _parts(state):
-  """Devices that have a part, and its shape, of each parameter by its name.
+  """As `_places`, of parameters; moments and averages must be as they are."""
+  found = _places(state)
+  assert all(len(x) == 4 and len(set(x)) == 1 for x in found.values())
+  return {name: x[0] for name, x in found.items()}
 
-  Its moments and its average must be as it is.
-  """
+
+def _places(tree):
+  """Devices that have a part, and its shape, of arrays by parameters' names."""
   found = {}
-  for path, x in jax.tree.leaves_with_path(state):
+  for path, x in jax.tree.leaves_with_path(tree):
     path = jax.tree_util.keystr(path, simple=True, separator="/")
     shards = x.addressable_shards
     (part,) = {shard.data.shape for shard in shards}
     for name in CASES[WHOLE][1]:
       if path.endswith(name):
         found.setdefault(name, []).append((len(shards), part))
-  assert all(len(x) == 4 and len(set(x)) == 1 for x in found.values())
-  return {name: x[0] for name, x in found.items()}
+  return found
 
 
 def _assert_close(found, expected):
@@ -168,7 +171,17 @@ def _assert_same_rows(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mesh_trains_as_one_device(tmp_path, expected, parts, name):
+def test_a_mesh_trains_as_one_device(
+  tmp_path, expected, parts, monkeypatch, name
+):
+  predictor, looked = _trainer(name)._predictor, []
+  predict = predictor._step
+
+  def look(params, *rest):
+    looked.append(_places(params))
+    return predict(params, *rest)
+
+  monkeypatch.setattr(predictor, "_step", look)
   params = _trainer(name).run(0, tmp_path)
   rows, expected_params, expected_logits = expected
   found = _rows(tmp_path)
@@ -180,7 +193,12 @@ def test_a_mesh_trains_as_one_device(tmp_path, expected, parts, name):
   right = (logits.argmax(1) == _examples(VAL, 2)["label"]).mean()
   assert found[-1]["val_top1"] == pytest.approx(100 * right)
   # From the first step to the last, everything lies where it should.
-  assert parts == [{n: (8, x) for n, x in CASES[name][1].items()}] * STEPS
+  places = {n: (8, x) for n, x in CASES[name][1].items()}
+  assert parts == [places] * STEPS
+  # And where it is looked at: no device ever has to hold all.
+  assert looked and all(
+    x == {n: [place] for n, place in places.items()} for x in looked
+  )
 
 
 def test_a_state_is_made_in_parts():

@@ -1,5 +1,7 @@
 """Where the working set lives; with several devices: `on_eight_devices*.py`."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,3 +192,16 @@ def test_free_bytes_of_accelerators_are_what_the_fullest_has(monkeypatch):
 def test_cpu_devices_share_the_machine(monkeypatch):
   monkeypatch.setattr(placement.free_memory, "of_machine", lambda: 12e9)
   assert placement.free_bytes() == 12 * 10**9 // jax.device_count()
+
+
+def test_what_another_model_left_behind_is_not_counted_as_taken():
+  """A trainer refers to itself, and with it to its working set."""
+
+  class Trainer:
+    def __init__(self):
+      self.myself, self.held = self, jnp.zeros(1000)
+
+  left = weakref.ref(Trainer().held)
+  assert left() is not None
+  placement.free_bytes()
+  assert left() is None
