@@ -20,7 +20,7 @@ from retrieval_aug.report import leaks_picture, neighbors_picture, pictures
 from retrieval_aug.retrieval.stages import Retrieval, Runner, run_here
 from retrieval_aug.settings import Settings, chosen_models, train_settings
 from retrieval_aug.sweep import Trial
-from retrieval_aug.training import evaluations, finetune, runs, start
+from retrieval_aug.training import evaluations, finetune, guard, runs, start
 from retrieval_aug.training.data import (
   Data,
   joined_data,
@@ -70,35 +70,46 @@ class Experiment:
         "has train.finetune=True"
       )
     runs_of = lambda trial: [run.artifact for run in self._runs(trial)]
+    left_out = self._left_out()
+    trials = [trial for trial in trials if trial not in left_out]
     todo = [t for t in trials if not _complete_for_all(runs_of(t))]
     if self._swept:
       first = {trial: self._runs(trial)[0] for trial in trials}
       sweep.check(first, todo, self.data_of)
     for trial in trials:
-      if trial in todo:
-        self._train(trial)
+      if trial in todo and not self._train(trial):
+        continue
       for run in self._runs(trial):
         run.artifact.verify()
+    self._trained()  # at least one point of each model
     return bool(todo)
 
-  def _train(self, trial: Trial) -> None:
+  def _train(self, trial: Trial) -> bool:
+    """Trains a model; of a sweep, one that diverges does not end it."""
     train = train_settings(trial.settings, trial.model)
     looks = train["eval_epochs"] > 0
     sweep.announce(trial)
-    runs.train(
-      self._runs(trial),
-      self.data_of(trial.model),
-      self._finetuning(trial, ("train", "val")[: 1 + looks]),
-      seeds_at_once=train["seeds_at_once"],
-      layout=self._layout,
-      telling=Telling(**self.settings.log.options()),
-    )
+    try:
+      runs.train(
+        self._runs(trial),
+        self.data_of(trial.model),
+        self._finetuning(trial, ("train", "val")[: 1 + looks]),
+        seeds_at_once=train["seeds_at_once"],
+        layout=self._layout,
+        telling=Telling(**self.settings.log.options()),
+      )
+    except guard.Diverged as error:
+      if not self._swept:
+        raise
+      sweep.leave_out(trial, self._runs(trial), error)
+      return False
+    return True
 
   def evaluate(self) -> bool:
     """Parameters to metrics, `results.csv` and `.json`; or those of a sweep."""
     options = self.settings.evaluate.options()
     worked = False
-    for trial in self._trials:
+    for trial in self._trained():
       if not _complete_for_all(self._evaluations(trial)):
         worked = True
         runs.check_trained(self._runs(trial))
@@ -195,7 +206,8 @@ class Experiment:
 
   def _results(self) -> str:
     if self._swept:
-      return sweep.to_text(self._sweep_rows(), self.settings)
+      rows = self._sweep_rows()
+      return sweep.to_text(rows, self.settings, self._left_out())
     labels = {s: np.asarray(x) for s, x in self._labels().items()}
     classes = 1 + max(int(x.max()) for x in labels.values())
     return result_table.to_text(
@@ -225,6 +237,23 @@ class Experiment:
     if not self._swept:
       return [Trial(name, self.settings) for name in self.runnable]
     return [trial for name in self.runnable for trial in self._swept[name]]
+
+  def _left_out(self) -> dict[Trial, str]:
+    """Points of a sweep that have diverged, and what was wrong with them."""
+    if not self._swept:
+      return {}
+    found = {t: sweep.why_left_out(self._runs(t)) for t in self._trials}
+    return {trial: why for trial, why in found.items() if why is not None}
+
+  def _trained(self) -> list[Trial]:
+    """What there is to evaluate: at least one trial of each model."""
+    left_out = self._left_out()
+    found = [trial for trial in self._trials if trial not in left_out]
+    for model in self.runnable:
+      if model not in [trial.model for trial in found]:
+        why = next(why for t, why in left_out.items() if t.model == model)
+        raise UserError(f"config.sweep: every point of {model} diverged: {why}")
+    return found
 
   @property
   def tables(self) -> tuple[Table, Table]:
@@ -345,7 +374,7 @@ class Experiment:
     metrics = lambda trial: [
       a.info()["metrics"] for a in self._evaluations(trial)
     ]
-    return sweep.rows({trial: metrics(trial) for trial in self._trials})
+    return sweep.rows({trial: metrics(trial) for trial in self._trained()})
 
   def _rows(self) -> list[dict[str, Any]]:
     """Result rows of the models asked for, and of those evaluated before."""

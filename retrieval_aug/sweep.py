@@ -15,22 +15,26 @@ import math
 import pathlib
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from retrieval_aug import config as configs
-from retrieval_aug.common import files, manifest, progress
+from retrieval_aug.common import distributed, files, manifest, progress
 from retrieval_aug.common.errors import UserError
 from retrieval_aug.evaluation import sweep_table
 from retrieval_aug.settings import Settings
 from retrieval_aug.training import start
 from retrieval_aug.training.data import Data
+from retrieval_aug.training.guard import Diverged
 from retrieval_aug.training.runs import Run, build, settings_of
 
 # Settings of training that a model which trains nothing has a use for.
 _OF_VOTE = ("k", "post_hoc_tau")
+
+# In the folder of a run whose point was left out.
+_DIVERGED = "diverged.json"
 
 _LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
 
@@ -239,6 +243,36 @@ def announce(trial: Trial) -> None:
     progress.note(f"sweep: {trial.model} with {trial.point}")
 
 
+def leave_out(trial: Trial, runs: Sequence[Run], error: Diverged) -> None:
+  """Notes, for good, that a point has diverged; the others go on.
+
+  Args:
+    trial: the point.
+    runs: its runs, of which one has.
+    error: that stopped it.
+  """
+  if distributed.is_first():
+    told = {"runs": _fingerprint(runs), "message": str(error)}
+    files.write_json(runs[0].folder / _DIVERGED, told)
+  distributed.barrier(f"{trial.model} with {trial.point} has diverged")
+  progress.note(str(error))
+  progress.note(
+    f"sweep: {trial.model} with {trial.point} is left out; delete "
+    f"{runs[0].folder.parent} to have it tried again"
+  )
+
+
+def why_left_out(runs: Sequence[Run]) -> str | None:
+  """What was wrong with a point that `leave_out` was told of, else None."""
+  path = runs[0].folder / _DIVERGED
+  told = files.read_json(path) if path.exists() else {}
+  return told.get("message") if told.get("runs") == _fingerprint(runs) else None
+
+
+def _fingerprint(runs: Sequence[Run]) -> str:
+  return manifest.fingerprint([run.artifact.fingerprint for run in runs])
+
+
 def same(runs: dict[Trial, Run]) -> list[str]:
   """A line for each point that computes what one before it does.
 
@@ -290,12 +324,17 @@ def write(workdir: pathlib.Path, all_rows: list[dict[str, Any]]) -> None:
   files.write_json(workdir / "sweep.json", all_rows)
 
 
-def to_text(all_rows: list[dict[str, Any]], settings: Settings) -> str:
+def to_text(
+  all_rows: list[dict[str, Any]],
+  settings: Settings,
+  left_out: Mapping[Trial, str],
+) -> str:
   """The table of all points, and how to have the best of each model.
 
   Args:
     all_rows: from `rows`.
     settings: of the experiment.
+    left_out: points that are in no row, and why.
   """
   shown, best = {}, {}
   for row in all_rows:
@@ -304,6 +343,10 @@ def to_text(all_rows: list[dict[str, Any]], settings: Settings) -> str:
     best.setdefault(row["model"], own)
   lines = [
     f"Best of {m}: {flags(m, x, settings)}" for m, x in best.items() if x
+  ]
+  lines += [
+    f"Left out, as it diverged: {trial.model} with {trial.point}: {why}"
+    for trial, why in left_out.items()
   ]
   return "\n".join([sweep_table.to_text(all_rows, shown), *lines])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import jax
@@ -229,7 +230,9 @@ class TestChoice:
       mam["k=1,norm=None"]: self.POINTS["k=1"],
       mam["k=2,norm=qk"]: self.POINTS["k=2"],
     }
-    assert sweep.to_text(sweep.rows(found), settings).splitlines() == [
+    left_out = {mam["k=1,norm=qk"]: "step 3 is not finite."}
+    text = sweep.to_text(sweep.rows(found), settings, left_out)
+    assert text.splitlines() == [
       "Accuracy in percent, mean ± standard deviation over seeds; of each "
       "model the best on val first:",
       "| model  | k | norm | val all    | val class mean | test all   | test "
@@ -245,6 +248,7 @@ class TestChoice:
       "Val alone chose (all, then class mean); test is shown of its choice.",
       "Best of linear: --config.model.linear.train.k=1",
       "Best of mam: --config.model.mam.train.k=2 --config.model.mam.norm=qk",
+      "Left out, as it diverged: mam with k=1,norm=qk: step 3 is not finite.",
     ]
 
   def test_flags_say_what_no_flag_can(self):
@@ -383,6 +387,38 @@ def test_stopped_resumed_and_extended_it_trains_each_point_once(
   changed.train.weight_decay = 0.3
   with pytest.raises(UserError, match=r"weight_decay: 0\.\d+ -> 0.3"):
     main.run(changed, workdir, ["train"])
+
+
+def test_a_point_that_diverges_is_left_out_and_the_others_go_on(
+  data, trained, capfd
+):
+  workdir = data / "work"
+  config = _config(data, train_learning_rate="1e38,3e-2", train_tau="0.5")
+  good, bad = (f"learning_rate={x},tau=0.5" for x in ("0.03", "1e+38"))
+  text = main.run(config, workdir, ["train", "evaluate"])
+  assert trained == [bad, good]
+  said = capfd.readouterr().err
+  assert f"sweep: linear with {bad} is left out; delete" in said
+  last = text.splitlines()
+  (last,) = (x for x in last if x.startswith("Left out, as it diverged: "))
+  assert f"linear with {bad}: train linear {bad} seed 0: step" in last
+  assert "lower train.learning_rate" in last
+  rows = json.loads((workdir / "sweep.json").read_text())
+  assert {row["point"] for row in rows} == {good}
+
+  # It would diverge once more: it is not tried, and nothing else is said.
+  assert main.run(config, workdir, ["train", "evaluate"]) == text
+  assert trained == [bad, good]
+
+  # Unless it is asked for, by deleting what there is of it.
+  shutil.rmtree(workdir / "sweep" / "linear" / bad)
+  main.run(config, workdir, ["train"])
+  assert trained == [bad, good, bad]
+
+  # Where nothing is left to choose from, it is an error.
+  config = _config(data, train_learning_rate="1e38", train_tau="0.5")
+  with pytest.raises(UserError, match="every point of linear diverged: train"):
+    main.run(config, workdir, ["train"])
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,7 @@ class Trainer:
       ids=ids,
       what=books.names[i],
       folder=books.folders[i],
+      accumulate=self.settings.accumulate,
     )
 
   def _look(self, state: steps.State, rows: list[list[dict]]) -> float:

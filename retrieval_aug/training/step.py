@@ -254,15 +254,12 @@ def make_train_step(
     if accumulate == 1:
       return loss_and_gradients(params, memory, batch, rng, step)
 
-    def one(sums, numbered):
-      number, part = numbered
-      own = jax.random.fold_in(rng, 2 + number)
-      found = loss_and_gradients(params, memory, part, own, step)
+    def one(sums, part):
+      found = loss_and_gradients(params, memory, *part, step)
       return jax.tree.map(jnp.add, sums, found), None
 
     zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, params)
-    parts = jax.tree.map(lambda x: _in_parts(x, accumulate), batch)
-    sums, _ = jax.lax.scan(one, zeros, (jnp.arange(accumulate), parts))
+    sums, _ = jax.lax.scan(one, zeros, cut(batch, rng, accumulate))
     return jax.tree.map(lambda x: x / accumulate, sums)
 
   def train_step(state, memory, batch, number):
@@ -291,13 +288,29 @@ def _all_finite(tree: Any) -> Array:
   return jnp.all(jnp.array(found))
 
 
-def _in_parts(x: Array, parts: int) -> Array:
-  """[B, ...] to [parts, B / parts, ...].
+def cut(batch: Any, rng: Array, parts: int) -> tuple[Any, Array]:
+  """The parts of a batch, and what each draws from.
 
   Every part has examples from the whole batch, so that one which is split over
-  devices stays split.
+  devices stays split: the i-th of part p is number i * parts + p of the batch.
+
+  Args:
+    batch: arrays [B, ...].
+    rng: of the step.
+    parts: how many; must divide B.
+
+  Returns:
+    Arrays [parts, B / parts, ...], and keys [parts]; of one part, `rng` itself.
   """
-  return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  def split(x):
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  rngs = rng[None]
+  if parts > 1:
+    fold = lambda number: jax.random.fold_in(rng, 2 + number)
+    rngs = jax.vmap(fold)(jnp.arange(parts))
+  return jax.tree.map(split, batch), rngs
 
 
 def make_predict_step(

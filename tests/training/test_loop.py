@@ -164,9 +164,11 @@ def test_half_a_line_and_lines_after_the_checkpoint_are_written_anew(
   assert _losses(tmp_path) == _losses(whole[0])
 
 
-@pytest.mark.parametrize(("step", "kept"), [(1, []), (3, []), (5, ["3"])])
+@pytest.mark.parametrize(
+  ("step", "kept", "parts"), [(1, [], 1), (3, [], 2), (5, ["3"], 1)]
+)
 def test_a_step_that_is_not_finite_is_named_with_its_examples(
-  tmp_path, step, kept
+  tmp_path, step, kept, parts
 ):
   """A broken query, seen in one step only; and what was saved stays."""
   order = input_pipeline.numbers(np.arange(14 * 8), tiny.N, 0)
@@ -176,13 +178,15 @@ def test_a_step_that_is_not_finite_is_named_with_its_examples(
   train["query"][bad, 3] = np.nan
   ids = [f"id/{i}" for i in range(tiny.N)]
   # A checkpoint every third step.
-  trainer = tiny.trainer(train=train, ids=ids, checkpoint_epochs=0.6)
+  trainer = tiny.trainer(
+    train=train, ids=ids, checkpoint_epochs=0.6, accumulate=parts
+  )
   with pytest.raises(UserError) as caught:
     trainer.run(0, tmp_path, "train mam seed 0")
   message = str(caught.value)
   assert message.startswith(
     f"train mam seed 0: step {step} is not finite, first in the input "
-    f"batch/query, float32 [8, 11]: 1 number (nan) of 'id/{bad}'"
+    f"batch/query, float32 [{8 // parts}, 11]: 1 number (nan) of 'id/{bad}'"
   )
   assert message.endswith("The last good checkpoint is kept.")
   path = tmp_path / f"nan_step_{step}_process_0.json"
