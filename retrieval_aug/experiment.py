@@ -61,7 +61,7 @@ class Experiment:
 
   def train(self) -> bool:
     """Neighbours to trained parameters: every model with every seed."""
-    trials = self._trials
+    trials = self._trained()
     trains = [train_settings(t.settings, t.model) for t in trials]
     augmented = any(t["augment"] != "none" for t in trains)
     if augmented and not any(t["finetune"] for t in trains):
@@ -70,8 +70,6 @@ class Experiment:
         "has train.finetune=True"
       )
     runs_of = lambda trial: [run.artifact for run in self._runs(trial)]
-    left_out = self._left_out()
-    trials = [trial for trial in trials if trial not in left_out]
     todo = [t for t in trials if not _complete_for_all(runs_of(t))]
     if self._swept:
       first = {trial: self._runs(trial)[0] for trial in trials}
@@ -81,7 +79,7 @@ class Experiment:
         continue
       for run in self._runs(trial):
         run.artifact.verify()
-    self._trained()  # at least one point of each model
+    self._left_out()  # not all of them
     return bool(todo)
 
   def _train(self, trial: Trial) -> bool:
@@ -240,20 +238,13 @@ class Experiment:
 
   def _left_out(self) -> dict[Trial, str]:
     """Points of a sweep that have diverged, and what was wrong with them."""
-    if not self._swept:
-      return {}
-    found = {t: sweep.why_left_out(self._runs(t)) for t in self._trials}
-    return {trial: why for trial, why in found.items() if why is not None}
+    swept = self._trials if self._swept else []
+    return sweep.left_out({trial: self._runs(trial) for trial in swept})
 
   def _trained(self) -> list[Trial]:
-    """What there is to evaluate: at least one trial of each model."""
+    """What there is to evaluate."""
     left_out = self._left_out()
-    found = [trial for trial in self._trials if trial not in left_out]
-    for model in self.runnable:
-      if model not in [trial.model for trial in found]:
-        why = next(why for t, why in left_out.items() if t.model == model)
-        raise UserError(f"config.sweep: every point of {model} diverged: {why}")
-    return found
+    return [trial for trial in self._trials if trial not in left_out]
 
   @property
   def tables(self) -> tuple[Table, Table]:

@@ -262,11 +262,28 @@ def leave_out(trial: Trial, runs: Sequence[Run], error: Diverged) -> None:
   )
 
 
-def why_left_out(runs: Sequence[Run]) -> str | None:
-  """What was wrong with a point that `leave_out` was told of, else None."""
-  path = runs[0].folder / _DIVERGED
-  told = files.read_json(path) if path.exists() else {}
-  return told.get("message") if told.get("runs") == _fingerprint(runs) else None
+def left_out(runs_of: Mapping[Trial, Sequence[Run]]) -> dict[Trial, str]:
+  """The points that `leave_out` was told of, and what was wrong with them.
+
+  Args:
+    runs_of: the runs of every point.
+
+  Raises:
+    UserError: those are all points of a model.
+  """
+  found = {}
+  for trial, runs in runs_of.items():
+    path = runs[0].folder / _DIVERGED
+    told = files.read_json(path) if path.exists() else {}
+    if told.get("runs") == _fingerprint(runs):
+      found[trial] = told["message"]
+  remaining = {trial.model for trial in runs_of if trial not in found}
+  for trial, why in found.items():
+    if trial.model not in remaining:
+      raise UserError(
+        f"config.sweep: all points of {trial.model} diverged: {why}"
+      )
+  return found
 
 
 def _fingerprint(runs: Sequence[Run]) -> str:

@@ -417,7 +417,7 @@ def test_a_point_that_diverges_is_left_out_and_the_others_go_on(
 
   # Where nothing is left to choose from, it is an error.
   config = _config(data, train_learning_rate="1e38", train_tau="0.5")
-  with pytest.raises(UserError, match="every point of linear diverged: train"):
+  with pytest.raises(UserError, match="all points of linear diverged: train"):
     main.run(config, workdir, ["train"])
 
 
