@@ -2,6 +2,9 @@
 
 dtype promotion is strict and rank promotion an error: a silent float64, or a
 [B] that is broadcast against a [B, C], fails here before it reaches a user.
+Programs are compiled quickly rather than made fast, which is a quarter of the
+time of all tests; in the processes that tests start (the main job, notebooks,
+what is killed) they are compiled as users have them.
 """
 
 import pathlib
@@ -17,6 +20,13 @@ def strict_promotion():
     jax.numpy_rank_promotion("raise"),
   ):
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _flip_bit(path: pathlib.Path, offset: int = -1) -> None:

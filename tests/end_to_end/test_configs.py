@@ -9,7 +9,6 @@ import json
 import pathlib
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 
@@ -90,16 +89,6 @@ RUNS = {
   ),
 }
 CASES = [(name, run) for name, runs in RUNS.items() for run in runs]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Two steps of a tiny model take less time than making them fast."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")

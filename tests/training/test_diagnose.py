@@ -16,14 +16,6 @@ B, D, DV, K, CLASSES = 7, 12, 5, 3, 4
 IDS = [f"image_{i}" for i in range(B)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """What is computed here is computed once."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _normal(*shape):
   rng = np.random.default_rng(sum(shape))
   return rng.normal(size=shape).astype(np.float32)
