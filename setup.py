@@ -48,7 +48,7 @@ SCALE = [
 
 TEST = [
   "pytest>=8.3",
-  "pytest-xdist>=3.6",
+  "pytest-xdist>=3.8",
   "hypothesis>=6.100",
   "ruff>=0.6",
 ]

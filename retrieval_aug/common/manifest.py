@@ -4,13 +4,15 @@ An artifact is a folder of files that one stage writes. Its `manifest.json`
 holds the stage's inputs (config part, fingerprints of what it read, digests of
 encoder weights), their fingerprint, and the digest of every file. While shards
 are being written, each finished one has a record in `.shards/`, so that a
-killed stage goes on where it stopped.
+killed stage goes on where it stopped; what is left of that folder in a finished
+artifact is deleted.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from typing import Any
 
 from retrieval_aug.common import files
@@ -107,7 +109,14 @@ class Artifact:
         f"({'; '.join(differing[:4])}{tail}); choose another --workdir, or "
         f"{self.remedy}."
       )
+    if manifest["complete"]:
+      self._clear()  # who finished it may have been killed before that
     return bool(manifest["complete"])
+
+  @property
+  def scratch(self) -> pathlib.Path:
+    """A folder for what only making it needs; gone when it is finished."""
+    return self.folder / _RECORDS
 
   def start(self) -> None:
     """Says whose folder this is, before its first shard."""
@@ -127,15 +136,15 @@ class Artifact:
     """Notes that `shard` is finished and consists of the files `names`."""
     record = {"files": {n: digest(self.folder / n) for n in names}}
     record["info"] = info
-    files.write_json(self.folder / _RECORDS / f"{shard}.json", record)
+    files.write_json(self.scratch / f"{shard}.json", record)
 
   def has(self, shard: str) -> bool:
     """Whether an unfinished artifact has a record of `shard`, unverified."""
-    return (self.folder / _RECORDS / f"{shard}.json").exists()
+    return (self.scratch / f"{shard}.json").exists()
 
   def recorded(self, shard: str) -> dict | None:
     """The record of a finished shard, its files verified; None if missing."""
-    path = self.folder / _RECORDS / f"{shard}.json"
+    path = self.scratch / f"{shard}.json"
     if not path.exists():
       return None
     record = files.read_json(path)
@@ -151,12 +160,15 @@ class Artifact:
     """
     records = {}
     for shard in shards:
-      path = self.folder / _RECORDS / f"{shard}.json"
+      path = self.scratch / f"{shard}.json"
       records[shard] = files.read_json(path)
     self._write(complete=True, records=records, info=info or {})
-    for path in (self.folder / _RECORDS).glob("*.json"):
-      path.unlink()
-    (self.folder / _RECORDS).rmdir()
+    self._clear()
+
+  def _clear(self) -> None:
+    if self.scratch.exists():
+      # Another process may do the same, and who only reads need not be able to.
+      shutil.rmtree(self.scratch, ignore_errors=True)
 
   def info(self) -> dict:
     """Measurements and facts that `finish` was given."""

@@ -125,9 +125,8 @@ class GatherJob:
     rows = self._parts[unit]
     arrays = self._gather(rows)
     for name, array in arrays.items():
-      self._save(f"part_{unit}_{name}.npy", array)
-    names = [f"part_{unit}_{name}.npy" for name in arrays]
-    self.artifact.record(unit, names)
+      self._save(self._part(unit, name), array)
+    self.artifact.record(unit, [self._part(unit, name) for name in arrays])
     tick(len(rows))
 
   def finish(self) -> None:
@@ -142,8 +141,6 @@ class GatherJob:
       "value_names": list(self.value_names),
     }
     artifact.finish([_ALL], info)
-    for path in artifact.folder.glob("part_*.npy"):
-      path.unlink()
 
   def close(self) -> None:
     """There is nothing to end."""
@@ -161,11 +158,13 @@ class GatherJob:
       },
     }
 
+  def _part(self, unit: str, name: str) -> str:
+    """Where a part of an array lies, within the folder, until it is whole."""
+    return f"{self.artifact.scratch.name}/{unit}_{name}.npy"
+
   def _join(self, name: str) -> list[int]:
     """Concatenates one array's parts in a file; returns its shape."""
-    paths = [
-      self.artifact.folder / f"part_{unit}_{name}.npy" for unit in self._parts
-    ]
+    paths = [self.artifact.folder / self._part(u, name) for u in self._parts]
     mapped = [np.load(p, mmap_mode="r", allow_pickle=False) for p in paths]
     shape = (len(self._rows), *mapped[0].shape[1:])
     with files.atomic_path(self.artifact.folder / f"{name}.npy") as temporary:

@@ -212,6 +212,23 @@ def test_finish_gathers_the_records_in_order(made):
   assert not (made.folder / ".shards").exists()
 
 
+def test_what_a_kill_at_the_end_of_finish_left_behind_is_deleted(
+  tmp_path, monkeypatch
+):
+  artifact = _artifact(tmp_path)
+  artifact.start()
+  _shard(artifact, "00000", b"first")
+  (artifact.scratch / "part.npy").write_bytes(b"of a shard")
+  with monkeypatch.context() as killed:
+    killed.setattr(manifest.shutil, "rmtree", lambda *_, **__: None)
+    artifact.finish(["00000"])
+  assert artifact.scratch.exists()
+  assert artifact.is_complete()
+  inside = {path.name for path in artifact.folder.iterdir()}
+  assert inside == {"00000.bin", "manifest.json"}
+  artifact.verify()
+
+
 def test_finish_without_a_record_is_refused_and_not_complete(tmp_path):
   artifact = _artifact(tmp_path)
   artifact.start()
