@@ -15,6 +15,7 @@ import math
 import pathlib
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -255,7 +256,8 @@ def leave_out(trial: Trial, runs: Sequence[Run], error: Diverged) -> None:
     told = {"runs": _fingerprint(runs), "message": str(error)}
     files.write_json(runs[0].folder / _DIVERGED, told)
   distributed.barrier(f"{trial.model} with {trial.point} has diverged")
-  progress.note(str(error))
+  # Of several processes each has looked at its own part of the batch.
+  print(error, file=sys.stderr, flush=True)
   progress.note(
     f"sweep: {trial.model} with {trial.point} is left out; delete "
     f"{runs[0].folder.parent} to have it tried again"
